@@ -1,19 +1,19 @@
 """Errors, grouped by what the caller would do next.
 
-    RayCkptError
-    |-- UsageError          fix the call (also a ValueError)
-    |   |-- StateError      fix the state that is saved: the text names the leaf
-    |   `-- MismatchError   fix the target of the restore: the text lists the differing leaves
-    |-- MissingExtraError   install an extra of this package (also an ImportError)
-    |-- StorageError        fix the storage or its permissions, then try again
-    |   |-- ObjectMissingError   the object is not there
-    |   `-- UnsafeStoreError     this kind of store cannot promise exclusive creation
-    |-- CheckpointError     pick another checkpoint
-    |   |-- NoCheckpointError    there is none, or not the one asked for
-    |   `-- DamagedError         bytes are missing or fail their checksum
-    |-- SaveError           one save failed; training and older checkpoints are unharmed
-    |-- FencedError         somebody newer owns the run; stop this process
-    `-- UnavailableError    a deadline passed; the text names who is late
+RayCkptError
+|-- UsageError          fix the call (also a ValueError)
+|   |-- StateError      fix the state that is saved: the text names the leaf
+|   `-- MismatchError   fix the target of the restore: the text lists the differing leaves
+|-- MissingExtraError   install an extra of this package (also an ImportError)
+|-- StorageError        fix the storage or its permissions, then try again
+|   |-- ObjectMissingError   the object is not there
+|   `-- UnsafeStoreError     this kind of store cannot promise exclusive creation
+|-- CheckpointError     pick another checkpoint
+|   |-- NoCheckpointError    there is none, or not the one asked for
+|   `-- DamagedError         bytes are missing or fail their checksum
+|-- SaveError           one save failed; training and older checkpoints are unharmed
+|-- FencedError         somebody newer owns the run; stop this process
+`-- UnavailableError    a deadline passed; the text names who is late
 """
 
 from __future__ import annotations

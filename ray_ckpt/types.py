@@ -204,11 +204,15 @@ class Dying:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """The workers of one start of the job: sealed once all ranks have one restore step."""
+    """The workers of one start of the job: sealed once all ranks have one restore step.
+
+    ``round`` counts the choices of a restore step: a further one follows when a checkpoint proves damaged.
+    """
 
     number: int
     world_size: int
     restored_step: int | None
+    round: int = 1
 
 
 RecordKind = Literal["claim", "seal", "commit", "abort", "delete"]

@@ -1,0 +1,197 @@
+"""One host's side of the protocol: which sealed snapshots to write or free, and what to report.
+
+A snapshot is freed only once its save is decided and no writer of it may live; a shard's path is used by one try
+(the number comes from a counter in the snapshot itself, so it survives this process).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ray_ckpt.protocol.messages import (
+    HostReport,
+    HostView,
+    SegmentInfo,
+    WorkerReport,
+    WorkerView,
+    WriteFailure,
+    WriteOrder,
+)
+from ray_ckpt.types import Layout, ShardReport
+
+
+@dataclass(frozen=True, slots=True)
+class StartWrite:
+    """Write the range of this rank's ``local`` writer to a shard of the order; answer with `on_written` or
+    `on_write_failed`."""
+
+    segment: SegmentInfo
+    local: int
+    order: WriteOrder
+
+    @property
+    def writer(self) -> int:
+        """The writer's number among all of the save."""
+        return self.segment.writer_base + self.local
+
+
+@dataclass(frozen=True, slots=True)
+class Free:
+    """The snapshot in this segment is no longer needed."""
+
+    segment: SegmentInfo
+
+
+class HostLogic:
+    """State of one host's agent. ``max_writes`` bounds the writers at work at once."""
+
+    def __init__(self, host: str, incarnation: str, *, name: str = "", max_writes: int = 2) -> None:
+        self.host = host
+        self.incarnation = incarnation
+        self.name = name
+        self.max_writes = max_writes
+        self.view: HostView | None = None
+        self.workers: dict[str, WorkerReport] = {}
+        self._dead: set[str] = set()
+        self._segments: dict[str, SegmentInfo] = {}
+        self._layouts: dict[str, Layout] = {}
+        self._writing: set[tuple[str, int]] = set()
+        self._freeing: set[str] = set()
+        self._shards: dict[tuple[str, int], ShardReport] = {}
+        self._failures: dict[tuple[str, int], WriteFailure] = {}
+        self._sequence = 0
+
+    # -- events -----------------------------------------------------------------------------------
+
+    def on_worker(self, report: WorkerReport) -> None:
+        """A local training process has reported."""
+        known = self.workers.get(report.worker)
+        if known is not None and known.sequence >= report.sequence:
+            return
+        if report.layout is not None:
+            self._layouts[report.layout.fingerprint] = report.layout
+        self.workers[report.worker] = replace(report, layout=None)
+        self._dead.discard(report.worker)
+
+    def on_worker_dead(self, worker: str) -> None:
+        """The process of a local worker is gone."""
+        if worker in self.workers:
+            self._dead.add(worker)
+
+    def on_segments(self, sealed: Iterable[SegmentInfo], layouts: Mapping[str, Layout] | None = None) -> None:
+        """All sealed snapshots that lie in this host's memory now.
+
+        Look at the memory after taking in the workers' reports: then a worker that has gone past a step
+        without a snapshot of it is one that will never have one.
+        """
+        self._segments = {s.name: s for s in sealed}
+        self._freeing &= self._segments.keys()
+        self._layouts.update(layouts or {})
+
+    def on_view(self, view: HostView) -> None:
+        """The coordinator's decisions; those of an older epoch or version are dropped."""
+        if self.view is not None and (view.epoch, view.version) < (self.view.epoch, self.view.version):
+            return
+        self.view = view
+        attempts = {o.attempt for o in view.orders}
+        self._shards = {k: s for k, s in self._shards.items() if k[0] in attempts}
+        self._failures = {k: f for k, f in self._failures.items() if k[0] in attempts}
+
+    def on_written(self, start: StartWrite, shard: ShardReport) -> None:
+        """A shard is whole and durable."""
+        self._writing.discard((start.segment.name, start.local))
+        self._shards[start.order.attempt, start.writer] = shard
+
+    def on_write_failed(self, start: StartWrite, error: str, *, final: bool) -> None:
+        """A try ended without a shard; ``final``: no try is left, or none would help."""
+        self._writing.discard((start.segment.name, start.local))
+        if final:
+            failure = WriteFailure(start.order.attempt, start.writer, error)
+            self._failures[start.order.attempt, start.writer] = failure
+
+    def on_freed(self, name: str) -> None:
+        """The segment has been emptied (or is gone)."""
+        self._freeing.discard(name)
+        self._segments.pop(name, None)
+
+    # -- what to do, what to say --------------------------------------------------------------------
+
+    def take(self) -> list[StartWrite | Free]:
+        """The actions to start now. Each is handed out once."""
+        if self.view is None:
+            return []
+        actions: list[StartWrite | Free] = []
+        busy = {name for name, _ in self._writing}
+        for segment in list(self._segments.values()):
+            if self._releasable(segment, self.view) and segment.name not in busy | self._freeing:
+                self._freeing.add(segment.name)
+                actions.append(Free(segment))
+        actions.extend(self._startable(self.view.orders))
+        return actions
+
+    @staticmethod
+    def _releasable(segment: SegmentInfo, view: HostView) -> bool:
+        return segment.save in view.decided or segment.generation < view.oldest_generation
+
+    def _startable(self, orders: Sequence[WriteOrder]) -> Iterable[StartWrite]:
+        for order in sorted(orders, key=lambda o: o.step):
+            for segment in self._segments.values():
+                if segment.save != order.save or segment.plan_id != order.plan_id:
+                    continue
+                for local in range(segment.writers):
+                    if len(self._writing) >= self.max_writes:
+                        return
+                    start = StartWrite(segment, local, order)
+                    if self._wanted(start):
+                        self._writing.add((segment.name, local))
+                        yield start
+
+    def _wanted(self, start: StartWrite) -> bool:
+        key = (start.order.attempt, start.writer)
+        settled = key in self._shards or key in self._failures or start.writer in start.order.done
+        return not settled and (start.segment.name, start.local) not in self._writing
+
+    def report(self) -> HostReport:
+        """This host's whole state; what the coordinator has acknowledged is left out."""
+        self._sequence += 1
+        acknowledged = set(self.view.fingerprints) if self.view else set()
+        done = {(o.attempt, w) for o in self.view.orders for w in o.done} if self.view else set()
+        wanted = {s.fingerprint for s in self._segments.values()}
+        wanted |= {w.fingerprint for w in self.workers.values() if w.fingerprint}
+        layouts = [self._layouts[f] for f in sorted(wanted - acknowledged) if f in self._layouts]
+        return HostReport(
+            host=self.host,
+            incarnation=self.incarnation,
+            sequence=self._sequence,
+            name=self.name,
+            workers=tuple(self.workers.values()),
+            dead=tuple(sorted(self._dead)),
+            segments=tuple(s for s in self._segments.values() if s.name not in self._freeing),
+            layouts=tuple(layouts),
+            shards=tuple(s for key, s in self._shards.items() if key not in done),
+            failures=tuple(self._failures.values()),
+        )
+
+    def worker_view(self, worker: str) -> tuple[int, int, WorkerView] | None:
+        """(epoch, version, view) for one local worker; None before the first word of the coordinator."""
+        if self.view is None:
+            return None
+        view = next((v for v in self.view.workers if v.worker == worker), None)
+        if view is None:
+            return None
+        report = self.workers.get(worker)
+        held = report.fingerprint if report and report.fingerprint in self._layouts else None
+        return self.view.epoch, self.view.version, replace(view, fingerprint=held)
+
+    @property
+    def idle(self) -> bool:
+        """No living worker, nothing to write: the agent may end."""
+        living = set(self.workers) - self._dead
+        return not living and not self._writing and not self._segments
+
+    def drop_workers(self, workers: Iterable[str]) -> None:
+        """Forget processes that have left for good."""
+        for worker in workers:
+            self.workers.pop(worker, None)
+            self._dead.discard(worker)

@@ -1,0 +1,284 @@
+"""What the processes tell each other: frozen reports (upwards) and views (downwards)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ray_ckpt.types import Checkpoint, Layout, RankPlan, ShardReport
+
+Overlap = Literal["wait", "skip", "coalesce"]
+ProposalKind = Literal["save", "stop"]
+Trigger = Literal["cadence", "proposal", "explicit", "final"]
+
+
+@dataclass(frozen=True, slots=True)
+class JobConfig:
+    """The settings that every rank of a job must share.
+
+    ``save_steps`` / ``save_secs``: the cadence, at most one of them. ``overlap``: what to do when a save is
+    due and no snapshot memory is free. ``max_failures``: failed saves in a row before the job stops.
+    ``*_timeout_s``: deadlines; every wait in the protocol has one. ``delete_grace_s``: how long the data of a
+    deleted checkpoint outlives its index, for readers without a pin.
+    """
+
+    world_size: int
+    save_steps: int | None = None
+    save_secs: float | None = None
+    stride: int = 1
+    overlap: Overlap = "wait"
+    slots: int = 2
+    max_tries: int = 3
+    max_failures: int = 3
+    max_to_keep: int | None = 5
+    keep_every_steps: int | None = None
+    keep_every_hours: float | None = None
+    save_timeout_s: float = 1800.0
+    settle_timeout_s: float = 120.0
+    host_timeout_s: float = 30.0
+    delete_grace_s: float = 60.0
+    fresh: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreWish:
+    """What a worker asked for: ``newest``, ``step`` (that one) or ``none`` (it trains without a restore)."""
+
+    kind: Literal["newest", "step", "none"]
+    step: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreResult:
+    """How the read of one round ended on one worker; ``damage`` is None when all bytes were good."""
+
+    generation: int
+    round: int
+    damage: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A step at which all workers shall save (or stop). Decided once every rank has accepted it.
+
+    ``error``: a stop with an error is raised by `step()` on every worker instead of setting `should_stop`.
+    """
+
+    id: str
+    step: int
+    kind: ProposalKind = "save"
+    state: Literal["open", "decided", "dropped"] = "open"
+    reason: str = ""
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReport:
+    """The whole state of one training process, as far as others need it.
+
+    ``step`` is the last one that entered `step()` (-1: none yet). ``accepted`` are proposals this worker is
+    bound to, ``refused`` ids it came too late for. ``waiting_step``: `step()` is held at that
+    step for a plan. ``skipped`` are saves this worker could not snapshot, with the reason. ``layout`` is
+    None once the view has acknowledged ``fingerprint``. ``started``: this worker has been told that all ranks have
+    restored, so it is bound to its generation; until then it may be drafted into a newer one. ``pending`` are steps
+    it snapshotted or skipped without having heard how the save ended.
+    """
+
+    worker: str
+    sequence: int
+    rank: int
+    config: JobConfig
+    generation: int | None = None
+    started: bool = False
+    roll_call: int = -1
+    restore: RestoreWish | None = None
+    restored: RestoreResult | None = None
+    fingerprint: str | None = None
+    layout: Layout | None = None
+    plan_id: str | None = None
+    step: int = -1
+    waiting_step: int | None = None
+    accepted: tuple[Proposal, ...] = ()
+    refused: tuple[str, ...] = ()
+    requests: tuple[tuple[str, str], ...] = ()
+    stop_request: str | None = None
+    skipped: tuple[tuple[int, str], ...] = ()
+    pending: tuple[int, ...] = ()
+    finished: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SaveOutcome:
+    """How one save ended. ``prefix`` of a committed one, ``error`` of a failed one."""
+
+    generation: int
+    step: int
+    state: Literal["committed", "failed"]
+    prefix: str = ""
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreDecision:
+    """The one checkpoint that all ranks of a generation read (None: there is none to read)."""
+
+    generation: int
+    round: int
+    checkpoint: Checkpoint | None
+    note: str = ""
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """(generation, round): a later decision replaces an earlier one."""
+        return self.generation, self.round
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerView:
+    """What the coordinator has decided, as far as one worker is concerned.
+
+    ``refused``: this process belongs to a start of the job that is over, or cannot join; the reason.
+    ``error``: the job cannot go on as it is (raised by the next call); ``late``: whom the coordinator waits for.
+    ``plan`` was made for the layout ``plan_fingerprint``; ``fingerprint`` is the layout that has arrived.
+    """
+
+    worker: str
+    roll_call: int = -1
+    generation: int | None = None
+    refused: str | None = None
+    error: str | None = None
+    restore: RestoreDecision | None = None
+    restore_done: bool = False
+    fingerprint: str | None = None
+    plan: RankPlan | None = None
+    plan_fingerprint: str | None = None
+    proposals: tuple[Proposal, ...] = ()
+    outcomes: tuple[SaveOutcome, ...] = ()
+    requests: tuple[tuple[str, SaveOutcome], ...] = ()
+    late: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentInfo:
+    """A sealed snapshot in a host's memory. ``digests``: crc32c of the replicas checked, by leaf index."""
+
+    rank: int
+    generation: int
+    step: int
+    world_size: int
+    plan_id: str
+    trigger: Trigger
+    writers: int
+    writer_base: int
+    fingerprint: str = ""
+    digests: tuple[tuple[int, int], ...] = ()
+    name: str = ""
+
+    @property
+    def save(self) -> tuple[int, int]:
+        """The save it belongs to: (generation, step)."""
+        return self.generation, self.step
+
+
+@dataclass(frozen=True, slots=True)
+class WriteFailure:
+    """A shard that could not be written in any of its tries."""
+
+    attempt: str
+    writer: int
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class HostReport:
+    """The whole state of one host: its workers, its sealed snapshots, its finished shards.
+
+    ``dead`` are worker ids whose process is gone. ``layouts`` are those of sealed snapshots whose
+    fingerprint the coordinator has not acknowledged; they come from the snapshot itself, so they
+    outlive the training process.
+    """
+
+    host: str
+    incarnation: str
+    sequence: int
+    name: str = ""
+    workers: tuple[WorkerReport, ...] = ()
+    dead: tuple[str, ...] = ()
+    segments: tuple[SegmentInfo, ...] = ()
+    layouts: tuple[Layout, ...] = ()
+    shards: tuple[ShardReport, ...] = ()
+    failures: tuple[WriteFailure, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class WriteOrder:
+    """Write every sealed snapshot of this save that you hold. Shard of try t of writer i: t*W + i.
+
+    ``done`` are writers whose report has arrived at the coordinator.
+    """
+
+    attempt: str
+    generation: int
+    step: int
+    plan_id: str
+    prefix: str
+    num_writers: int
+    max_tries: int
+    done: tuple[int, ...] = ()
+
+    @property
+    def num_shards(self) -> int:
+        """The number in every file name: all tries of all writers, and the coordinator's own shard."""
+        return self.num_writers * self.max_tries + 1
+
+    @property
+    def save(self) -> tuple[int, int]:
+        """The save it belongs to: (generation, step)."""
+        return self.generation, self.step
+
+
+@dataclass(frozen=True, slots=True)
+class HostView:
+    """What concerns one host. A snapshot may be freed if its save is in ``decided`` or older than all of
+    ``generations`` (those that are forming, current or still being settled)."""
+
+    epoch: int
+    version: int
+    workers: tuple[WorkerView, ...] = ()
+    orders: tuple[WriteOrder, ...] = ()
+    decided: tuple[tuple[int, int], ...] = ()
+    oldest_generation: int = 0
+    fingerprints: tuple[str, ...] = ()
+    over: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SaveStatus:
+    """One undecided save, for people: what it waits for and who is late."""
+
+    generation: int
+    step: int
+    state: str
+    attempt: str
+    sealed: int
+    shards_done: int
+    shards: int
+    late: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunStatus:
+    """A coordinator's own view of its run, for `Checkpointer.status()` and the command line."""
+
+    url: str
+    phase: str
+    epoch: int
+    generation: int | None
+    world_size: int
+    steps: tuple[int, ...]
+    saves: tuple[SaveStatus, ...]
+    checkpoints: tuple[Checkpoint, ...]
+    failures_in_a_row: int
+    last_error: str
+    waiting: str
+    notes: tuple[str, ...] = field(default=())
