@@ -1,0 +1,73 @@
+"""Any other fsspec file system, for runs that promise to have one coordinator only.
+
+Nothing here is exclusive: creation looks first and then writes, so two coordinators could both win.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import fsspec
+
+from ray_ckpt.storage.base import BytesLike, ObjectWriter
+from ray_ckpt.storage.remote import RemoteBackend
+
+
+class GenericBackend(RemoteBackend):
+    """Objects below a folder of an fsspec file system of whatever kind."""
+
+    exclusive = False
+
+    def __init__(self, scheme: str, root: str, options: dict[str, Any]) -> None:
+        super().__init__(root, options)
+        self.scheme = scheme
+
+    def connect(self) -> Any:
+        options = {**self.options, "use_listings_cache": False, "skip_instance_cache": True}
+        return fsspec.filesystem(self.scheme, **options)
+
+    def create(self, path: str) -> ObjectWriter:
+        self._make_parent(path)
+        return _VisibleWriter(self.fs, self.full(path))
+
+    def put(self, path: str, data: memoryview) -> None:
+        self._make_parent(path)
+        self.fs.pipe_file(self.full(path), bytes(data))
+
+    def put_if_absent(self, path: str, data: bytes) -> None:
+        if self.fs.exists(self.full(path)):
+            raise FileExistsError(path)
+        self.put(path, memoryview(data))
+
+    def read_versioned(self, path: str) -> tuple[bytes, str]:
+        data = self.read(path)
+        return data, hashlib.sha256(data).hexdigest()
+
+    def replace_if(self, path: str, data: bytes, version: str) -> None:
+        if self.read_versioned(path)[1] != version:
+            raise FileExistsError(path)
+        self.put(path, memoryview(data))
+
+    def _make_parent(self, path: str) -> None:
+        self.fs.makedirs(self.fs._parent(self.full(path)), exist_ok=True)
+
+
+class _VisibleWriter(ObjectWriter):
+    """Writes an fsspec file that others may see half-written: `abort` removes it again."""
+
+    def __init__(self, fs: Any, path: str) -> None:
+        self._fs = fs
+        self._path = path
+        self._file = fs.open(path, "wb")
+
+    def write(self, data: BytesLike) -> None:
+        self._file.write(data)
+
+    def commit(self) -> None:
+        self._file.close()
+
+    def abort(self) -> None:
+        self._file.close()
+        if self._fs.exists(self._path):
+            self._fs.rm_file(self._path)

@@ -1,0 +1,56 @@
+"""Canonical URLs: one text for one place, whatever way it was written."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import re
+from dataclasses import dataclass
+
+from ray_ckpt.errors import UsageError
+
+KNOWN = "file://, memory://, gs://, s3://"
+
+_ALIASES = {"local": "file", "gcs": "gs", "s3a": "s3", "s3n": "s3"}
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """A directory: its scheme, its place in the terms of that scheme, and the URL of both."""
+
+    scheme: str
+    root: str
+
+    @property
+    def url(self) -> str:
+        """The canonical URL, without a trailing slash."""
+        return f"{self.scheme}://{self.root}"
+
+
+def locate(url: str | os.PathLike[str]) -> Location:
+    """Where a URL or path points to.
+
+    Symbolic links are not followed: another host may have the same path behind another link. Raises
+    `UsageError` for what is not one directory.
+    """
+    text = os.fspath(url)
+    if not text:
+        raise UsageError("the checkpoint directory is an empty string: give a path or a URL")
+    if "::" in text:
+        raise UsageError(f"{text!r} chains file systems ('::'), which cannot be written safely: give one URL")
+    match = _SCHEME.fullmatch(text)
+    if match is None:
+        return Location("file", os.path.abspath(text))
+    scheme = _ALIASES.get(match[1].lower(), match[1].lower())
+    rest = match[2]
+    if "@" in rest and ":" in rest.partition("@")[0]:
+        raise UsageError(f"this {scheme}:// URL contains credentials: pass them in storage_options instead")
+    if scheme == "file":
+        if not rest.startswith("/"):
+            raise UsageError(f"{text!r} names no absolute path: write file:///path, or a plain path")
+        return Location(scheme, os.path.normpath("/" + rest.lstrip("/")))
+    root = posixpath.normpath("/" + rest).strip("/")
+    if not root:
+        raise UsageError(f"{text!r} names no bucket or directory: write {scheme}://name/directory")
+    return Location(scheme, root)

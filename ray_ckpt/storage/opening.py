@@ -1,0 +1,95 @@
+"""From a URL to the Store behind it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import fsspec
+
+from ray_ckpt.errors import MissingExtraError, UnsafeStoreError, UsageError
+from ray_ckpt.storage.backend import Backend
+from ray_ckpt.storage.base import Store
+from ray_ckpt.storage.generic import GenericBackend
+from ray_ckpt.storage.local import LocalBackend
+from ray_ckpt.storage.location import KNOWN, Location, locate
+from ray_ckpt.storage.memory import MemoryBackend
+from ray_ckpt.storage.store import BackedStore
+
+Options = Mapping[str, Any]
+
+
+def open_store(
+    url: str | os.PathLike[str],
+    *,
+    storage_options: Options | None = None,
+    single_coordinator: bool = False,
+) -> Store:
+    """The store for a directory. Nothing is read or written yet, see `Store.check`.
+
+    ``storage_options`` go to the fsspec file system (gcsfs, s3fs, ...). ``single_coordinator`` admits
+    stores without exclusive creation: you promise that no second coordinator ever uses the directory.
+
+    Raises `UsageError` (not a URL, unknown scheme), `MissingExtraError` (a package is not installed) or
+    `UnsafeStoreError`.
+    """
+    location = locate(url)
+    options = dict(storage_options or {})
+    backend = _backend(location, options, single_coordinator)
+    return BackedStore(location.url, backend, options, (_reopen, (location.url, options, single_coordinator)))
+
+
+def _reopen(url: str, options: Options, single_coordinator: bool) -> Store:
+    return open_store(url, storage_options=options, single_coordinator=single_coordinator)
+
+
+def _backend(location: Location, options: dict[str, Any], single_coordinator: bool) -> Backend:
+    exclusive: dict[str, Callable[[], Backend]] = {
+        "file": lambda: LocalBackend(location.root),
+        "memory": lambda: MemoryBackend(location.root),
+        "gs": lambda: _gcs(location.root, options),
+        "s3": lambda: _s3(location.root, options),
+    }
+    if location.scheme in exclusive:
+        return exclusive[location.scheme]()
+    _require_implementation(location.scheme)
+    if not single_coordinator:
+        raise UnsafeStoreError(
+            f"{location.url}: exclusive creation is unproven on {location.scheme}://, so two coordinators"
+            f" could damage each other's checkpoints. Use one of {KNOWN}, or pass single_coordinator=True"
+            " if no second job, nor a restart of this one that overlaps with it, ever uses the directory"
+        )
+    return GenericBackend(location.scheme, location.root, options)
+
+
+def _gcs(root: str, options: Options) -> Backend:
+    try:
+        import gcsfs  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError("gs:// needs the package gcsfs: pip install gcsfs") from error
+    from ray_ckpt.storage.gcs import GcsBackend
+
+    return GcsBackend(root, options)
+
+
+def _s3(root: str, options: Options) -> Backend:
+    try:
+        import s3fs  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError("s3:// needs the package s3fs: pip install ray_ckpt[s3]") from error
+    from ray_ckpt.storage.s3 import S3Backend
+
+    return S3Backend(root, options)
+
+
+def _require_implementation(scheme: str) -> None:
+    try:
+        fsspec.get_filesystem_class(scheme)
+    except ValueError:
+        raise UsageError(
+            f"unknown scheme {scheme}://: expected one of {KNOWN}, or, with single_coordinator=True, another"
+            " that fsspec knows (fsspec.available_protocols())"
+        ) from None
+    except ImportError as error:
+        raise MissingExtraError(f"{scheme}:// needs another package: {error}") from error
