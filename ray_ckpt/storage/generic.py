@@ -6,6 +6,7 @@ Nothing here is exclusive: creation looks first and then writes, so two coordina
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import fsspec
@@ -19,13 +20,20 @@ class GenericBackend(RemoteBackend):
 
     exclusive = False
 
-    def __init__(self, scheme: str, root: str, options: dict[str, Any]) -> None:
-        super().__init__(root, options)
-        self.scheme = scheme
+    def __init__(self, url: str, options: Mapping[str, Any]) -> None:
+        super().__init__("", options)
+        self._url = url
 
     def connect(self) -> Any:
+        # Only the file system knows which part of its URL names a host or an account.
         options = {**self.options, "use_listings_cache": False, "skip_instance_cache": True}
-        return fsspec.filesystem(self.scheme, **options)
+        fs, root = fsspec.core.url_to_fs(self._url, **options)
+        self.root = root.rstrip("/")
+        return fs
+
+    def full(self, path: str) -> str:
+        sep = self.fs.sep  # connects, which finds the root
+        return f"{self.root}{sep}{path}"
 
     def create(self, path: str) -> ObjectWriter:
         self._make_parent(path)

@@ -60,7 +60,7 @@ def _backend(location: Location, options: dict[str, Any], single_coordinator: bo
             f" could damage each other's checkpoints. Use one of {KNOWN}, or pass single_coordinator=True"
             " if no second job, nor a restart of this one that overlaps with it, ever uses the directory"
         )
-    return GenericBackend(location.scheme, location.root, options)
+    return GenericBackend(location.url, options)
 
 
 def _gcs(root: str, options: Options) -> Backend:

@@ -61,11 +61,17 @@ class RemoteBackend(Backend):
         return int(info["size"])
 
     def list(self, prefix: str) -> Listing:
-        top = self.full(prefix) if prefix else self.root
-        found = self.fs.find(top, detail=True)
+        fs = self.fs
+        root = self.root.lstrip("/")
+        top = f"{root}/{prefix}" if prefix else root
+        # Some file systems give their paths a leading slash, whatever they were asked with.
+        found = (
+            (name.lstrip("/"), info)
+            for name, info in fs.find(self.root + top[len(root) :], detail=True).items()
+        )
         return [
-            ObjectInfo(name[len(self.root) + 1 :], int(info["size"]), modified(info))
-            for name, info in found.items()
+            ObjectInfo(name[len(root) + 1 :], int(info["size"]), modified(info))
+            for name, info in found
             if name.startswith(f"{top}/") and info["type"] == "file" and not name.endswith("/")
         ]
 

@@ -14,7 +14,7 @@ import tenacity
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-FIRST_WAIT_S = 0.1
+FIRST_WAIT_S = 0.2
 LONGEST_WAIT_S = 10.0
 
 _ERRNOS = {
@@ -60,10 +60,9 @@ def retrying(
         error = state.outcome.exception() if state.outcome else None
         logger.info("%s: %s, trying again", what, type(error).__name__)
 
-    wait = tenacity.wait_exponential_jitter(initial=FIRST_WAIT_S, max=LONGEST_WAIT_S, jitter=FIRST_WAIT_S)
     return tenacity.Retrying(
         retry=tenacity.retry_if_exception(is_transient),
-        wait=wait,
+        wait=tenacity.wait_random_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S),
         stop=tenacity.stop_after_attempt(attempts),
         sleep=sleep,
         before_sleep=report,

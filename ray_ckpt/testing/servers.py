@@ -71,7 +71,7 @@ def s3_server() -> Iterator[Server]:
             "endpoint_url": endpoint,
             "key": "testing-key",
             "secret": "testing-secret",
-            "client_kwargs": {"region_name": "us-east-1"},
+            "client_kwargs": {"region_name": "eu-west-1"},
         }
         yield Server("s3", endpoint, options, process)
 
