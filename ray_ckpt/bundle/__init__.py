@@ -4,6 +4,7 @@ Format: ``tensorflow/core/util/tensor_bundle/tensor_bundle.h``. A checkpoint is 
 and one index, a leveldb table of where each tensor, and each slice of a partitioned tensor, lies.
 """
 
+from ray_ckpt.bundle.content import content_crc
 from ray_ckpt.bundle.crc import combine, crc32c, mask, unmask
 from ray_ckpt.bundle.dtypes import DTYPE_NAMES, STRING, UNPARTITIONABLE, dtype_name, dtype_of, nbytes_of
 from ray_ckpt.bundle.entry import encode_partitioned, encode_piece, piece_key
@@ -12,7 +13,7 @@ from ray_ckpt.bundle.limits import MAX_PARTITIONED_RANK, MAX_SLICES, check_name,
 from ray_ckpt.bundle.naming import index_name, parse_index_name, parse_shard_name, shard_name
 from ray_ckpt.bundle.runs import decode_run, encode_run, merge_index
 from ray_ckpt.bundle.state_file import StateFile, encode_state_file, parse_state_file
-from ray_ckpt.bundle.strings import decode_strings, encode_strings, strings_crc
+from ray_ckpt.bundle.strings import decode_strings, encode_strings
 
 __all__ = [
     "DTYPE_NAMES",
@@ -27,6 +28,7 @@ __all__ = [
     "check_name",
     "check_tensor",
     "combine",
+    "content_crc",
     "crc32c",
     "decode_run",
     "decode_strings",
@@ -46,6 +48,5 @@ __all__ = [
     "parse_state_file",
     "piece_key",
     "shard_name",
-    "strings_crc",
     "unmask",
 ]
