@@ -1,0 +1,19 @@
+"""Reading a committed checkpoint: any boxes of any tensors, ranged, concurrent, bounded and checksummed."""
+
+from ray_ckpt.restore.check import Damage, check_bytes
+from ray_ckpt.restore.engine import DEFAULT_BUDGET_NBYTES, DEFAULT_THREADS, Progress, read_boxes
+from ray_ckpt.restore.jobs import Wanted
+from ray_ckpt.restore.stored import StoredCheckpoint, check_extents, open_checkpoint
+
+__all__ = [
+    "DEFAULT_BUDGET_NBYTES",
+    "DEFAULT_THREADS",
+    "Damage",
+    "Progress",
+    "StoredCheckpoint",
+    "Wanted",
+    "check_bytes",
+    "check_extents",
+    "open_checkpoint",
+    "read_boxes",
+]

@@ -1,0 +1,132 @@
+"""From wanted boxes to the stored pieces that hold them: what is to be read, once each, and where it goes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ray_ckpt.bundle import (
+    STRING,
+    Piece,
+    StoredTensor,
+    content_crc,
+    crc32c,
+    decode_strings,
+    dtype_of,
+    nbytes_of,
+)
+from ray_ckpt.errors import DamagedError, MismatchError
+from ray_ckpt.plan import PieceIndex
+from ray_ckpt.restore.region import Array, cut
+from ray_ckpt.restore.stored import StoredCheckpoint
+from ray_ckpt.types import Box
+
+Wanted = tuple[str, Box, Array]
+"""Name of a tensor, a box in it, and the array of that shape to fill."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A region of one piece, in the piece's own coordinates, and the array view it goes to."""
+
+    region: Box
+    out: Array
+
+
+@dataclass(frozen=True, slots=True)
+class PieceJob:
+    """One stored piece that is to be read and verified, and all who want a part of it."""
+
+    name: str
+    dtype: str
+    piece: Piece
+    targets: list[Target] = field(default_factory=list)
+
+    @property
+    def is_numeric(self) -> bool:
+        """True where the bytes are the elements themselves, so that a part of them makes sense alone."""
+        return nbytes_of(self.dtype, 1) is not None
+
+    def finish(self, raw: memoryview) -> None:
+        """Verify the whole piece's bytes and hand them out.
+
+        Raises:
+            DamagedError: the checksum differs; the caller adds the file's name.
+        """
+        if self.is_numeric:
+            self.check(crc32c(raw))
+        else:
+            self.check(content_crc(self.dtype, self.piece.box.size, bytes(raw)))
+        if self.targets:
+            whole = self._decode(raw).reshape(self.piece.box.shape)
+            for target in self.targets:
+                target.out[...] = cut(whole, target.region)
+
+    def check(self, found: int) -> None:
+        """Raise `DamagedError` unless ``found`` is the piece's crc32c."""
+        if found != self.piece.crc:
+            raise DamagedError(f"crc32c {found:08x}, should be {self.piece.crc:08x}")
+
+    def _decode(self, raw: memoryview) -> Array:
+        if self.dtype != STRING:
+            return np.frombuffer(raw, dtype_of(self.dtype))
+        count = self.piece.box.size
+        strings = np.empty(count, object)
+        strings[:] = decode_strings(bytes(raw), count)
+        return strings
+
+
+def wanted_jobs(stored: StoredCheckpoint, wanted: Iterable[Wanted]) -> list[PieceJob]:
+    """One job for each stored piece that holds a part of what is wanted.
+
+    Raises:
+        UsageError: no such tensor.
+        MismatchError: a box is not inside its tensor, or an array has another shape or dtype.
+    """
+    jobs: dict[tuple[str, int], PieceJob] = {}
+    indexes: dict[str, PieceIndex] = {}
+    for name, box, out in wanted:
+        tensor = stored.tensor(name)
+        _check_wanted(stored, tensor, box, out)
+        for number, common in _pieces(tensor, box, indexes):
+            piece = tensor.pieces[number]
+            job = jobs.get((name, number))
+            if job is None:
+                job = jobs[name, number] = PieceJob(name, tensor.dtype, piece)
+            view = out if common == box else cut(out, common.relative_to(box))
+            job.targets.append(Target(common.relative_to(piece.box), view))
+    return list(jobs.values())
+
+
+def _pieces(tensor: StoredTensor, box: Box, indexes: dict[str, PieceIndex]) -> Iterator[tuple[int, Box]]:
+    """Numbers of the pieces that share elements with the box, and the shared boxes."""
+    if len(tensor.pieces) == 1:
+        if box.size:
+            yield 0, box
+        return
+    index = indexes.get(tensor.name)
+    if index is None:
+        index = indexes[tensor.name] = PieceIndex([piece.box for piece in tensor.pieces], tensor.name)
+    yield from index.intersections(box)
+
+
+def _check_wanted(stored: StoredCheckpoint, tensor: StoredTensor, box: Box, out: Array) -> None:
+    dtype = dtype_of(tensor.dtype)
+    if out.dtype != dtype or out.shape != box.shape or not out.flags.writeable:
+        raise MismatchError(
+            f"{stored.where}: tensor {tensor.name!r} is {dtype.name}; to read a box {box.shape} of it,"
+            f" pass a writeable {dtype.name} array of that shape, found a"
+            f"{'' if out.flags.writeable else ' read-only'} {out.dtype.name} array of shape {out.shape}"
+        )
+    whole = Box.whole(tensor.shape)
+    inside = len(box.offset) == len(tensor.shape) and (
+        box == whole
+        or all(o >= 0 and o + n <= d for o, n, d in zip(box.offset, box.shape, tensor.shape, strict=True))
+    )
+    if not inside:
+        raise MismatchError(
+            f"{stored.where}: tensor {tensor.name!r} has shape {tensor.shape}, the box at {box.offset} of"
+            f" shape {box.shape} is not inside it; compare with `ray-ckpt show`"
+        )
