@@ -115,7 +115,7 @@ class WriterRange:
 class RankPlan:
     """What one rank copies, in the order of the bytes, and how its writers share it.
 
-    ``writer_base`` is the global index of its first writer. ``checks`` are indices of leaves that
+    ``writer_base`` is the global index of its first writer of ``num_writers`` in all. ``checks`` are indices of leaves that
     other ranks hold too and that this rank must digest, so that replicas can be compared.
     """
 
@@ -124,6 +124,7 @@ class RankPlan:
     copies: tuple[Copy, ...]
     writers: tuple[WriterRange, ...]
     writer_base: int
+    num_writers: int
     fixed_nbytes: int
     checks: tuple[int, ...]
 

@@ -24,7 +24,8 @@ from ray_ckpt.types import Layout, ShardReport
 @dataclass(frozen=True, slots=True)
 class StartWrite:
     """Write the range of this rank's ``local`` writer to a shard of the order; answer with `on_written` or
-    `on_write_failed`."""
+    `on_write_failed`.
+    """
 
     segment: SegmentInfo
     local: int

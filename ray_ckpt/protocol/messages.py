@@ -97,6 +97,7 @@ class WorkerReport:
     layout: Layout | None = None
     plan_id: str | None = None
     step: int = -1
+    stride: int = 1
     waiting_step: int | None = None
     accepted: tuple[Proposal, ...] = ()
     refused: tuple[str, ...] = ()
@@ -170,6 +171,7 @@ class SegmentInfo:
     trigger: Trigger
     writers: int
     writer_base: int
+    num_writers: int
     fingerprint: str = ""
     digests: tuple[tuple[int, int], ...] = ()
     name: str = ""
@@ -239,8 +241,11 @@ class WriteOrder:
 
 @dataclass(frozen=True, slots=True)
 class HostView:
-    """What concerns one host. A snapshot may be freed if its save is in ``decided`` or older than all of
-    ``generations`` (those that are forming, current or still being settled)."""
+    """What concerns one host.
+
+    A snapshot may be freed if its save is in ``decided`` or its generation is below ``oldest_generation``.
+    ``fingerprints`` are the layouts that have arrived.
+    """
 
     epoch: int
     version: int
@@ -249,7 +254,6 @@ class HostView:
     decided: tuple[tuple[int, int], ...] = ()
     oldest_generation: int = 0
     fingerprints: tuple[str, ...] = ()
-    over: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,6 +73,7 @@ class WorkerLogic:
         self._skipped: dict[int, str] = {}
         self._waiting_step: int | None = None
         self._roll_call = -1
+        self._stride = config.stride
         self._sequence = 0
         self._seen = (0, -1)
 
@@ -85,6 +86,8 @@ class WorkerLogic:
         was the last one already. Raises `UsageError` for a step that goes back.
         """
         previous = self._previous(step, ask)
+        if step > previous and self.step >= 0:
+            self._stride = step - previous
         self.step = step
         if step in self.snapshots or (step == self.restored_step and ask != "explicit"):
             trigger: Trigger | None = None
@@ -134,7 +137,7 @@ class WorkerLogic:
         return None if trigger is None and stop is None else Due(step, trigger, stop)
 
     def stop_state(self, proposal: Proposal) -> str:
-        """ "open", "decided" or "dropped", as far as this worker knows."""
+        """One of open, decided, dropped: as far as this worker knows."""
         held = self._accepted.get(proposal.id)
         return "dropped" if held is None else held.state
 
@@ -277,6 +280,7 @@ class WorkerLogic:
             layout=None if fingerprint == self._acknowledged else layout,
             plan_id=self.plan.plan_id if self.plan else None,
             step=self.step,
+            stride=self._stride,
             waiting_step=self._waiting_step,
             accepted=tuple(self._accepted.values()),
             refused=tuple(sorted(self._refused)),

@@ -1,0 +1,184 @@
+"""At which step do all workers save (or stop), when no cadence of their own tells them?
+
+The coordinator proposes a step a margin ahead of the fastest worker. Every rank accepts only if its loop has not
+reached the step; once all have accepted, it is decided. A refusal drops the proposal and doubles the margin.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ray_ckpt.policy import align, crosses, first_crossing
+from ray_ckpt.protocol.ledger import Ledger
+from ray_ckpt.protocol.messages import JobConfig, Proposal, SaveOutcome, WorkerReport
+from ray_ckpt.protocol.saves import Saves
+
+_MARGIN_MAX = 1 << 20
+_OPEN_MAX_S = 60.0
+_KEPT = 16
+
+Reports = dict[int, WorkerReport]
+
+
+class Cut:
+    """Proposals of the present generation and the wishes they come from."""
+
+    def __init__(self, ledger: Ledger, saves: Saves) -> None:
+        self._ledger = ledger
+        self._saves = saves
+        self.requests: dict[str, str] = {}
+        self.request_outcomes: dict[str, SaveOutcome] = {}
+        self._margin = 1
+        self.reset()
+
+    def reset(self) -> None:
+        """A new generation starts: nothing proposed to an older one counts."""
+        self.proposals: dict[str, Proposal] = {}
+        self.stop: Proposal | None = None
+        self._opened: dict[str, float] = {}
+        self._request_steps: dict[str, int] = {}
+        self._armed_step = -1
+        self._timer: float | None = None
+        self._count = 0
+
+    def want_stop(self, reason: str, error: str | None = None) -> None:
+        """All workers shall stop at one step; with ``error`` they raise it instead of saving."""
+        if self.stop is None or (error is not None and self.stop.error is None):
+            self.stop = Proposal("", -1, "stop", reason=reason, error=error)
+
+    def decided(self, step: int) -> bool:
+        """Whether all ranks have agreed to save at this step."""
+        return any(p.step == step and p.state == "decided" for p in self.proposals.values())
+
+    # -- events -----------------------------------------------------------------------------------------
+
+    def update(self, config: JobConfig, generation: int, world_size: int, reports: Reports) -> None:
+        """Take in the members' newest reports after an event."""
+        self._take_requests(reports)
+        self._adopt(reports)
+        for proposal in [p for p in self.proposals.values() if p.state == "open"]:
+            self._tally(proposal, world_size, reports)
+        self._answer_requests(generation, world_size, reports)
+        if len(reports) == world_size and all(r.started and not r.finished for r in reports.values()):
+            self._propose(config, reports)
+
+    def _take_requests(self, reports: Reports) -> None:
+        for report in reports.values():
+            for request_id, reason in report.requests:
+                if request_id not in self.request_outcomes:
+                    self.requests.setdefault(request_id, reason)
+            if report.stop_request is not None:
+                self.want_stop(report.stop_request)
+
+    def _adopt(self, reports: Reports) -> None:
+        """Workers remember what a coordinator before this one proposed; of our own, all unknown were dropped."""
+        mine = f"p{self._ledger.epoch:06d}-"
+        for report in reports.values():
+            for held in report.accepted:
+                if held.id not in self.proposals:
+                    state = "dropped" if held.id.startswith(mine) else held.state
+                    self.proposals[held.id] = replace(held, state=state)
+                    self._opened[held.id] = self._ledger.now
+                elif held.state == "decided" and self.proposals[held.id].state == "open":
+                    self._decide(self.proposals[held.id])
+
+    def _tally(self, proposal: Proposal, world_size: int, reports: Reports) -> None:
+        accepted = sum(any(p.id == proposal.id for p in r.accepted) for r in reports.values())
+        late = [r for r in reports.values() if proposal.id in r.refused]
+        if late:
+            behind = max(r.step for r in late) - proposal.step
+            stride = max(r.stride for r in late)
+            needed = max(behind, 0) // max(stride, 1) + 1
+            self._margin = min(2 * max(self._margin, needed), _MARGIN_MAX)
+            self._drop(proposal)
+        elif accepted == world_size:
+            self._decide(proposal)
+        elif self._ledger.now > self._opened[proposal.id] + _OPEN_MAX_S:
+            self._drop(proposal)
+
+    def _drop(self, proposal: Proposal) -> None:
+        self.proposals[proposal.id] = replace(proposal, state="dropped")
+        for request_id in [r for r, step in self._request_steps.items() if step == proposal.step]:
+            del self._request_steps[request_id]
+        if self._armed_step == proposal.step:
+            self._armed_step = -1
+        self._forget_old()
+
+    def _decide(self, proposal: Proposal) -> None:
+        self.proposals[proposal.id] = replace(proposal, state="decided")
+        self._margin = max(self._margin - self._margin // 8, 1)
+        self._timer = self._ledger.now
+        self._forget_old()
+
+    def _forget_old(self) -> None:
+        closed = [p.id for p in self.proposals.values() if p.state != "open"]
+        for proposal_id in closed[:-_KEPT]:
+            del self.proposals[proposal_id]
+            self._opened.pop(proposal_id, None)
+
+    def _answer_requests(self, generation: int, world_size: int, reports: Reports) -> None:
+        all_finished = len(reports) == world_size and all(r.finished for r in reports.values())
+        for request_id in list(self.requests):
+            step = self._request_steps.get(request_id)
+            if step is None and all_finished:
+                step = max((r.step for r in reports.values()), default=-1)
+            outcome = self._saves.outcome((generation, step)) if step is not None else None
+            if outcome is not None:
+                self.request_outcomes[request_id] = outcome
+                del self.requests[request_id]
+                self._request_steps.pop(request_id, None)
+        for request_id in list(self.request_outcomes)[:-256]:
+            del self.request_outcomes[request_id]
+
+    # -- proposing ----------------------------------------------------------------------------------------
+
+    def _propose(self, config: JobConfig, reports: Reports) -> None:
+        if any(p.state == "open" for p in self.proposals.values()) or self._stopping:
+            return
+        if self._timer is None:
+            self._timer = self._ledger.now
+        seen = max(r.step for r in reports.values())
+        stride = max([config.stride, *(r.stride for r in reports.values())])
+        earliest = seen + self._margin * stride
+        if self.stop is not None:
+            self._open(replace(self.stop, step=align(earliest, seen, stride)))
+            return
+        if len(self._saves.active) >= config.slots:
+            return
+        step = self._wanted_step(config, seen, earliest, stride)
+        if step is not None:
+            self._open(Proposal("", step, reason=self._reason(config)))
+
+    @property
+    def _stopping(self) -> bool:
+        return any(p.kind == "stop" and p.state == "decided" for p in self.proposals.values())
+
+    def _wanted_step(self, config: JobConfig, seen: int, earliest: int, stride: int) -> int | None:
+        """The next step to save at, None while nothing is wanted."""
+        assert self._timer is not None
+        open_requests = [r for r in self.requests if r not in self._request_steps]
+        timed = config.save_secs is not None and self._ledger.now >= self._timer + config.save_secs
+        if open_requests or (timed and seen >= 0):
+            return align(earliest, seen, stride)
+        if config.save_steps is None or config.overlap == "wait" or self._armed_step > seen:
+            return None
+        last = max([0, self._armed_step, *(step for _, step in self._saves.outcomes)])
+        if config.overlap == "coalesce" and crosses(last, seen, config.save_steps):
+            self._armed_step = align(earliest, seen, stride)
+        else:
+            self._armed_step = first_crossing(seen, earliest, config.save_steps, stride)
+        return self._armed_step
+
+    def _reason(self, config: JobConfig) -> str:
+        if self.requests:
+            return "; ".join(dict.fromkeys(self.requests.values()))
+        return f"every {config.save_secs} s" if config.save_secs else f"every {config.save_steps} steps"
+
+    def _open(self, proposal: Proposal) -> None:
+        self._count += 1
+        proposal = replace(proposal, id=f"p{self._ledger.epoch:06d}-{self._count:06d}")
+        self.proposals[proposal.id] = proposal
+        self._opened[proposal.id] = self._ledger.now
+        if proposal.kind == "save":
+            for request_id in self.requests:
+                self._request_steps.setdefault(request_id, proposal.step)

@@ -1,0 +1,339 @@
+"""Which workers form one start of the job, and the one checkpoint they all restore.
+
+A worker joins by reporting without being bound to a generation. When all ranks have joined, answered the roll call
+(a dead one cannot) and asked for the same restore, every older save is decided (I10), the choice is recorded in the
+log, and only then told. A worker is bound once all ranks have read their part ("started"); until then it
+may be drafted into a newer generation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from ray_ckpt.protocol.flows import Flow, Flows, Until
+from ray_ckpt.protocol.ledger import Ledger
+from ray_ckpt.protocol.messages import JobConfig, RestoreDecision, RestoreWish, WorkerReport
+from ray_ckpt.protocol.roster import Roster
+from ray_ckpt.protocol.saves import Saves
+from ray_ckpt.types import Checkpoint, Generation, LogRecord
+
+
+@dataclass(slots=True)
+class Forming:
+    """Workers that have joined the next generation so far, by rank."""
+
+    config: JobConfig
+    members: dict[int, str] = field(default_factory=dict)
+    roll_call: int = 0
+    sealing: bool = False
+    failed: bool = False
+
+
+class Generations:
+    """Forms, seals and starts generations; knows who is a member of the present one."""
+
+    def __init__(self, flows: Flows, ledger: Ledger, roster: Roster, saves: Saves) -> None:
+        self._flows = flows
+        self._ledger = ledger
+        self._roster = roster
+        self._saves = saves
+        self.forming: Forming | None = None
+        self.members: dict[int, str] = {}
+        self.config: JobConfig | None = None
+        self.started = False
+        self.refused: dict[str, str] = {}
+        self.errors: dict[str, str] = {}
+        self.note = ""
+        self._known: set[str] = set()
+        self._bad: set[str] = set()
+        self._falling_back = False
+        self._roll_calls = 0
+        self._restored: set[str] = set()
+
+    @property
+    def current(self) -> Generation | None:
+        """The newest sealed generation, as the log has it."""
+        return self._ledger.head.generation
+
+    def reports(self) -> dict[int, WorkerReport]:
+        """Rank -> newest report of the present generation's members that have been heard of."""
+        found = {rank: self._roster.worker(worker) for rank, worker in self.members.items()}
+        return {rank: report for rank, report in found.items() if report is not None}
+
+    def update(self) -> None:
+        """Take in the roster after an event."""
+        for _, report in list(self._roster.workers()):
+            if report.worker not in self.refused and not self._roster.dead(report.worker):
+                self._sort_in(report)
+        if self.forming is not None:
+            self._check_forming(self.forming)
+        self._check_start()
+
+    def _sort_in(self, report: WorkerReport) -> None:
+        current = self.current
+        bound = report.generation is not None and current is not None
+        if bound and current is not None and report.generation == current.number:
+            holder = self.members.setdefault(report.rank, report.worker)
+            if holder != report.worker:
+                self._refuse(report.worker, f"rank {report.rank} of generation {current.number} is another process")
+                return
+            self.config = self.config or report.config
+            self.started = self.started or report.started
+        elif report.started:
+            number = current.number if current else 0
+            self._refuse(
+                report.worker,
+                f"generation {report.generation} is over: the job was started again (now generation {number})",
+            )
+        elif report.worker not in self.members.values():
+            self._join(report)
+
+    def _refuse(self, worker: str, reason: str) -> None:
+        self.refused[worker] = reason
+
+    # -- forming --------------------------------------------------------------------------------------
+
+    def _join(self, report: WorkerReport) -> None:
+        forming = self.forming
+        if forming is not None and forming.members.get(report.rank) == report.worker:
+            return
+        newcomer = report.worker not in self._known
+        self._known.add(report.worker)
+        if forming is not None and forming.failed:
+            for rank, worker in forming.members.items():
+                self._refuse(worker, f"rank {rank} joined a start of the job that failed: {self.errors.get(worker)}")
+            forming = None
+        if forming is None:
+            forming = self.forming = Forming(report.config)
+        if report.config != forming.config:
+            if not newcomer:
+                self._refuse(report.worker, _disagreement(report.rank, report.config, forming.config))
+                return
+            for rank, worker in forming.members.items():
+                self._refuse(worker, _disagreement(rank, forming.config, report.config))
+            forming = self.forming = Forming(report.config)
+        if report.rank in forming.members:
+            if not newcomer:
+                self._refuse(report.worker, f"a newer process joined as rank {report.rank}")
+                return
+            self._refuse(forming.members[report.rank], f"a newer process joined as rank {report.rank}")
+        forming.members[report.rank] = report.worker
+        self._roll_calls += 1
+        forming.roll_call = self._roll_calls
+
+    def _check_forming(self, forming: Forming) -> None:
+        self._draft(forming)
+        silent = self._ledger.now - forming.config.host_timeout_s
+        for rank, worker in list(forming.members.items()):
+            if self._roster.dead(worker) or self._roster.silent(worker, silent):
+                del forming.members[rank]
+                self._refuse(worker, f"rank {rank} was not heard of for too long")
+        if not forming.members:
+            self.forming = None
+        elif not forming.sealing and not forming.failed and self._is_complete(forming):
+            forming.sealing = True
+            self._flows.start(self._seal(forming))
+
+    def _draft(self, forming: Forming) -> None:
+        """Members of a sealed generation that has not started follow into the one that is forming."""
+        if self.started:
+            return
+        for rank, report in self.reports().items():
+            if not report.started and rank not in forming.members and report.config == forming.config:
+                del self.members[rank]
+                forming.members[rank] = report.worker
+                self._roll_calls += 1
+                forming.roll_call = self._roll_calls
+
+    def _is_complete(self, forming: Forming) -> bool:
+        if len(forming.members) < forming.config.world_size:
+            return False
+        wishes = set()
+        for worker in forming.members.values():
+            report = self._roster.worker(worker)
+            if report is None or report.roll_call != forming.roll_call or report.restore is None:
+                return False
+            wishes.add(report.restore)
+        if len(wishes) > 1:
+            named = "; ".join(sorted(_wish_text(w) for w in wishes))
+            self._fail(forming, f"the ranks ask for different restores: {named}")
+            return False
+        return True
+
+    def waiting_for(self, forming: Forming) -> str:
+        """Whom the start waits for, for people."""
+        missing = sorted(set(range(forming.config.world_size)) - forming.members.keys())
+        if missing:
+            shown = ", ".join(map(str, missing[:8])) + (" ..." if len(missing) > 8 else "")
+            return f"rank {shown} of {forming.config.world_size} has not joined"
+        silent = [
+            f"rank {rank} on {self._roster.host_name(worker)}"
+            for rank, worker in sorted(forming.members.items())
+            if (report := self._roster.worker(worker)) is None
+            or report.restore is None
+            or report.roll_call != forming.roll_call
+        ]
+        return f"{', '.join(silent[:8])} has not called restore() or step() yet" if silent else ""
+
+    # -- sealing ----------------------------------------------------------------------------------------
+
+    def _seal(self, forming: Forming) -> Flow:
+        self._saves.settle(self.config)
+        yield Until(lambda: self.forming is not forming or self._saves.settled)
+        if self.forming is not forming or not self._is_complete(forming):
+            forming.sealing = False
+            return
+        wish = self._wish_of(forming)
+        problem = self._problem(wish, forming.config)
+        if problem:
+            self._fail(forming, problem)
+            return
+        chosen = self._choose(wish, frozenset())
+        members = dict(forming.members)
+        self._ledger.submit(
+            lambda head: self._seal_record(head, forming, chosen, wish),
+            lambda record: self._sealed(record, forming, members),
+        )
+
+    def _fail(self, forming: Forming, problem: str) -> None:
+        forming.failed = True
+        for worker in forming.members.values():
+            self.errors[worker] = problem
+
+    def _wish_of(self, forming: Forming) -> RestoreWish:
+        report = self._roster.worker(next(iter(forming.members.values())))
+        assert report is not None
+        assert report.restore is not None
+        return report.restore
+
+    def _problem(self, wish: RestoreWish, config: JobConfig) -> str | None:
+        live = self._ledger.head.live
+        usable = [c for c in live if not c.superseded]
+        if wish.kind == "step" and all(c.step != wish.step for c in live):
+            steps = ", ".join(str(c.step) for c in live) or "none at all"
+            return f"step {wish.step} is not among the checkpoints: {steps}"
+        if wish.kind == "none" and usable and not config.fresh:
+            return (
+                f"the directory holds checkpoints up to step {usable[-1].step}, but the job trains without a "
+                "restore(): call restore() first, or pass fresh=True to let the new run replace them"
+            )
+        return None
+
+    def _choose(self, wish: RestoreWish, bad: frozenset[str]) -> Checkpoint | None:
+        live = [c for c in self._ledger.head.live if c.prefix not in bad]
+        if wish.kind == "none":
+            return None
+        if wish.kind == "step":
+            return next((c for c in reversed(live) if c.step == wish.step), None)
+        return next((c for c in reversed(live) if not c.superseded), None)
+
+    def _seal_record(
+        self, head: LogRecord, forming: Forming, chosen: Checkpoint | None, wish: RestoreWish
+    ) -> LogRecord | None:
+        if self.forming is not forming:
+            return None
+        number = head.generation.number + 1 if head.generation else 1
+        generation = Generation(number, forming.config.world_size, chosen.step if chosen else None)
+        live = head.live if wish.kind == "none" and not forming.config.fresh else _supersede(head.live, chosen)
+        return self._ledger.next_record("seal", generation=generation, live=live)
+
+    def _sealed(self, record: LogRecord, forming: Forming, members: dict[int, str]) -> None:
+        if self.forming is forming:
+            self.forming = None
+        for worker in set(self.members.values()) - set(members.values()):
+            self._refuse(
+                worker,
+                f"the job was started again (generation {record.generation and record.generation.number})",
+            )
+        self.members = members
+        self.config = forming.config
+        self.started = False
+        self.note = ""
+        self._bad = set()
+        self._saves.begin(forming.config)
+
+    # -- the restore ----------------------------------------------------------------------------------
+
+    def decision(self) -> RestoreDecision | None:
+        """What the members of the present generation read."""
+        current = self.current
+        if current is None:
+            return None
+        chosen = None
+        if current.restored_step is not None:
+            matching = [c for c in self._ledger.head.live if c.step == current.restored_step]
+            matching = [c for c in matching if c.generation < current.number] or matching
+            chosen = matching[-1] if matching else None
+        return RestoreDecision(current.number, current.round, chosen, self.note)
+
+    def _check_start(self) -> None:
+        current = self.current
+        if current is None or self.started or self._falling_back or len(self.members) < current.world_size:
+            return
+        reports = self.reports()
+        results = {
+            rank: r.restored
+            for rank, r in reports.items()
+            if r.generation == current.number
+            and r.restored is not None
+            and (r.restored.generation, r.restored.round) == (current.number, current.round)
+        }
+        damage = {rank: r.damage for rank, r in results.items() if r.damage is not None}
+        if damage:
+            self._fall_back(current, damage, reports)
+        elif len(results) == current.world_size:
+            self.started = True
+
+    def _fall_back(self, current: Generation, damage: dict[int, str], reports: dict[int, WorkerReport]) -> None:
+        rank, what = sorted(damage.items())[0]
+        decision = self.decision()
+        wish = reports[rank].restore
+        assert decision is not None
+        assert wish is not None
+        if decision.checkpoint is not None:
+            self._bad.add(decision.checkpoint.prefix)
+        bad = frozenset(self._bad)
+        chosen = self._choose(wish, bad) if wish.kind == "newest" else None
+        where = decision.checkpoint.prefix if decision.checkpoint else "?"
+        if chosen is None:
+            text = f"{where} cannot be read (rank {rank}: {what}) and there is no older checkpoint to take instead"
+            for worker in self.members.values():
+                self.errors[worker] = text
+            return
+        self.note = f"{where} is damaged (rank {rank}: {what}): taking step {chosen.step} instead"
+        self._falling_back = True
+        self._ledger.submit(lambda head: self._fall_back_record(head, current, chosen), lambda _: self._fallen_back())
+
+    def _fall_back_record(self, head: LogRecord, current: Generation, chosen: Checkpoint) -> LogRecord | None:
+        if head.generation is None or head.generation.number != current.number:
+            self._falling_back = False
+            return None
+        generation = replace(head.generation, restored_step=chosen.step, round=head.generation.round + 1)
+        return self._ledger.next_record(
+            "seal", generation=generation, live=_supersede(head.live, chosen), reason=self.note
+        )
+
+    def _fallen_back(self) -> None:
+        self._falling_back = False
+
+
+def _supersede(live: tuple[Checkpoint, ...], chosen: Checkpoint | None) -> tuple[Checkpoint, ...]:
+    """Everything committed after ``chosen`` is superseded; ``chosen`` itself is not, whatever it was.
+
+    None: the run starts afresh and replaces all that is there.
+    """
+    after = live.index(chosen) if chosen is not None else -1
+    return tuple(
+        replace(c, superseded=True) if i > after else (replace(c, superseded=False) if i == after else c)
+        for i, c in enumerate(live)
+    )
+
+
+def _wish_text(wish: RestoreWish) -> str:
+    return {"newest": "the newest", "none": "no restore"}.get(wish.kind, f"step {wish.step}")
+
+
+def _disagreement(rank: int, mine: JobConfig, theirs: JobConfig) -> str:
+    names = [n for n in JobConfig.__dataclass_fields__ if getattr(mine, n) != getattr(theirs, n)]
+    texts = [f"{n}={getattr(mine, n)!r} against {getattr(theirs, n)!r}" for n in names]
+    return f"rank {rank} was started with {', '.join(texts)} elsewhere: give all ranks the same settings"

@@ -1,0 +1,158 @@
+"""Retention and sweeping: what leaves the directory, in which order.
+
+A checkpoint dies in this order: a delete record in the log, its index, after a grace its data, its claim, a record that
+it is gone. A reader's pin holds it after the first step. Before each, the `checkpoint` file is read again; what it
+names is not touched. What attempts left behind that never committed is found by their claims.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import replace
+from typing import Any
+
+from ray_ckpt.policy import victims
+from ray_ckpt.protocol.flows import (
+    DeleteClaim,
+    DeleteData,
+    DeleteIndex,
+    Flow,
+    Flows,
+    Io,
+    ListClaims,
+    ListPins,
+    ReadState,
+    RepairState,
+    Until,
+)
+from ray_ckpt.protocol.ledger import Ledger
+from ray_ckpt.protocol.messages import JobConfig
+from ray_ckpt.protocol.saves import Saves
+from ray_ckpt.types import Claim, Dying, LogRecord
+
+_LOOK_AGAIN_S = 10.0
+
+
+class Keeper:
+    """Deletes in the background; never what is live, pinned, named by `checkpoint` or about to be restored."""
+
+    def __init__(self, flows: Flows, ledger: Ledger, saves: Saves) -> None:
+        self._flows = flows
+        self._ledger = ledger
+        self._saves = saves
+        self._burying: set[str] = set()
+        self._judged = 0
+        self._swept_aborts = -1
+        self._aborts = 0
+        self._sweeping = False
+
+    def on_abort(self) -> None:
+        """An attempt of this epoch has failed: its files are to be swept."""
+        self._aborts += 1
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is left to delete."""
+        return not self._burying and not self._ledger.head.dying and not self._sweeping
+
+    def update(self, config: JobConfig | None, protected: frozenset[str]) -> None:
+        """Look at the log's head after an event."""
+        if config is None:
+            return
+        head = self._ledger.head
+        if head.sequence != self._judged:
+            self._judged = head.sequence
+            if self._choose(head, config, protected):
+                self._ledger.submit(lambda now: self._delete_record(now, config, protected), lambda _: None)
+        for dying in head.dying:
+            if dying.checkpoint.prefix not in self._burying:
+                self._burying.add(dying.checkpoint.prefix)
+                self._flows.start(self._bury(dying, config))
+        if self._swept_aborts != self._aborts and not self._sweeping:
+            self._sweeping = True
+            self._swept_aborts = self._aborts
+            self._flows.start(self._sweep(config))
+
+    @staticmethod
+    def _choose(head: LogRecord, config: JobConfig, protected: frozenset[str]) -> list[Any]:
+        return victims(
+            head.live,
+            max_to_keep=config.max_to_keep,
+            keep_every_steps=config.keep_every_steps,
+            keep_every_hours=config.keep_every_hours,
+            protected=protected,
+        )
+
+    def _delete_record(self, head: LogRecord, config: JobConfig, protected: frozenset[str]) -> LogRecord | None:
+        gone = self._choose(head, config, protected)
+        if not gone:
+            return None
+        return self._ledger.next_record(
+            "delete",
+            live=tuple(c for c in head.live if c not in gone),
+            dying=(*head.dying, *(Dying(c, self._ledger.now) for c in gone)),
+        )
+
+    # -- flows --------------------------------------------------------------------------------------------
+
+    def _bury(self, dying: Dying, config: JobConfig) -> Flow:
+        prefix = dying.checkpoint.prefix
+        yield from self._until_unused(prefix)
+        yield from self._ledger.retry(DeleteIndex(prefix))
+        yield Until(lambda: self._ledger.now >= dying.time + config.delete_grace_s)
+        yield from self._until_unused(prefix)
+        yield from self._ledger.retry(DeleteData(prefix, dying.checkpoint.attempt))
+        yield from self._ledger.retry(DeleteClaim(prefix))
+        self._ledger.submit(lambda head: self._buried_record(head, dying), lambda _: self._buried(prefix))
+
+    def _until_unused(self, prefix: str) -> Generator[Io | Until, Any, None]:
+        while True:
+            pins = yield from self._ledger.retry(ListPins())
+            named = yield from self._ledger.retry(ReadState())
+            if prefix not in pins and prefix not in named:
+                return
+            if prefix in named:
+                yield from self._ledger.retry(RepairState())
+            again = self._ledger.now + _LOOK_AGAIN_S
+            yield Until(lambda again=again: self._ledger.now >= again)  # type: ignore[misc]
+
+    def _buried_record(self, head: LogRecord, dying: Dying) -> LogRecord | None:
+        if dying not in head.dying:
+            return None
+        return self._ledger.next_record("delete", dying=tuple(d for d in head.dying if d != dying))
+
+    def _buried(self, prefix: str) -> None:
+        self._burying.discard(prefix)
+
+    def _sweep(self, config: JobConfig) -> Flow:
+        """Remove what attempts that will never commit have written: dead epochs' and our own failed ones."""
+        start = self._ledger.now
+        yield Until(lambda: self._ledger.now >= start + config.delete_grace_s)
+        claims = yield from self._ledger.retry(ListClaims())
+        for claim in claims:
+            if self._is_orphan(claim):
+                yield from self._sweep_one(claim)
+        self._sweeping = False
+
+    def _is_orphan(self, claim: Claim) -> bool:
+        head = self._ledger.head
+        listed = {c.prefix for c in head.live} | {d.checkpoint.prefix for d in head.dying}
+        under_way = {s.attempt for s in self._saves.active.values()}
+        return claim.prefix not in listed and claim.attempt not in under_way and claim.epoch <= self._ledger.epoch
+
+    def _sweep_one(self, claim: Claim) -> Generator[Io | Until, Any, None]:
+        if claim.step > self._ledger.head.high_water:
+            # The claim is what keeps this prefix from being used again: the log must say so before it goes.
+            self._ledger.submit(lambda head: self._raise_record(head, claim), lambda _: None)
+            yield Until(lambda: self._ledger.head.high_water >= claim.step)
+        yield from self._ledger.retry(DeleteIndex(claim.prefix))
+        yield from self._ledger.retry(DeleteData(claim.prefix, claim.attempt))
+        yield from self._ledger.retry(DeleteClaim(claim.prefix))
+
+    def _raise_record(self, head: LogRecord, claim: Claim) -> LogRecord | None:
+        if head.high_water >= claim.step:
+            return None
+        return replace(
+            self._ledger.next_record("abort", high_water=claim.step, attempt=claim.attempt, step=claim.step),
+            reason="left behind by a coordinator that is gone",
+        )

@@ -1,0 +1,84 @@
+"""Who writes what: one plan for one set of layouts, made anew when all ranks change their structure together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ray_ckpt.errors import StateError
+from ray_ckpt.plan import make_plan
+from ray_ckpt.protocol.messages import SegmentInfo, WorkerReport
+from ray_ckpt.types import Layout, Plan
+
+
+class Planner:
+    """Keeps the layouts that have arrived, and the present plan."""
+
+    def __init__(self) -> None:
+        self.layouts: dict[str, Layout] = {}
+        self.plan: Plan | None = None
+        self.fingerprints: tuple[str, ...] = ()
+        self.error: str | None = None
+
+    def reset(self) -> None:
+        """A new generation starts with a new plan; layouts are kept, most likely they come again."""
+        self.plan = None
+        self.fingerprints = ()
+        self.error = None
+
+    def update(
+        self,
+        world_size: int,
+        reports: dict[int, WorkerReport],
+        sealed: Callable[[int, int], bool],
+    ) -> None:
+        """Plan as soon as all layouts are there, and again once all ranks stand at a change.
+
+        ``sealed(rank, step)`` says whether a rank's snapshot of that step is there already.
+        """
+        if len(reports) < world_size:
+            return
+        wanted = tuple(reports[rank].fingerprint or "" for rank in range(world_size))
+        if wanted == self.fingerprints or any(f not in self.layouts for f in wanted):
+            return
+        if self.plan is not None and not self._all_there(reports, sealed):
+            return
+        self.fingerprints = wanted
+        try:
+            self.plan = make_plan([self.layouts[f] for f in wanted])
+            self.error = None
+        except StateError as error:
+            self.plan = None
+            self.error = str(error)
+
+    @staticmethod
+    def _all_there(reports: dict[int, WorkerReport], sealed: Callable[[int, int], bool]) -> bool:
+        """Whether every rank has come to the step at which some wait for a new plan.
+
+        A rank that has just arrived there may be about to register a new layout as well.
+        """
+        step = max((r.waiting_step for r in reports.values() if r.waiting_step is not None), default=None)
+        if step is None:
+            return False
+        return all(r.waiting_step == step or r.step > step or sealed(rank, step) for rank, r in reports.items())
+
+
+def replica_mismatch(segments: dict[int, SegmentInfo], layouts: dict[str, Layout]) -> str | None:
+    """What differs between arrays that several ranks hold under one name, None if nothing was seen to differ.
+
+    A plain array of one name on several ranks is presumed to be a replica, and only one rank's is written.
+    """
+    seen: dict[str, tuple[int, int]] = {}
+    for rank, segment in sorted(segments.items()):
+        layout = layouts.get(segment.fingerprint)
+        if layout is None:
+            continue
+        for leaf, digest in segment.digests:
+            name = layout.leaves[leaf].name
+            other_rank, other = seen.setdefault(name, (rank, digest))
+            if other != digest:
+                return (
+                    f"'{name}' has different values on rank {other_rank} and rank {rank}, but an array of one name on "
+                    "several ranks is saved once: make them equal, give them different names, mark parts of one "
+                    "array with ray_ckpt.Slice, or keep one for each worker with ray_ckpt.PerWorker"
+                )
+    return None

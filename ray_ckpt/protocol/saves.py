@@ -1,0 +1,396 @@
+"""The saves of the present generation, each from its first sealed snapshot to commit or abort.
+
+    claiming --> writing --> indexing --> committing --> committed
+        |           |            |             |
+        +-----------+------------+-------------+--> failed
+
+A save fails when some rank can no longer contribute, when a shard cannot be written, or at its deadline.
+Commits happen in the order of their steps, so the newest commit never goes back (I2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from ray_ckpt.protocol.flows import (
+    Committed,
+    Flow,
+    Flows,
+    Io,
+    IoFailedError,
+    PutClaim,
+    PutIndex,
+    PutMetadata,
+    ReadHead,
+    Until,
+)
+from ray_ckpt.protocol.ledger import Ledger
+from ray_ckpt.protocol.messages import HostReport, JobConfig, SaveOutcome, SegmentInfo, WriteOrder
+from ray_ckpt.protocol.roster import Roster
+from ray_ckpt.types import Checkpoint, Claim, LogRecord, ShardReport
+
+Stage = Literal["claiming", "writing", "indexing", "committing", "committed", "failed"]
+
+TRANSITIONS: dict[Stage, tuple[Stage, ...]] = {
+    "claiming": ("writing", "failed"),
+    "writing": ("indexing", "failed"),
+    "indexing": ("committing", "failed"),
+    "committing": ("committed", "failed"),
+    "committed": (),
+    "failed": (),
+}
+"""The documentation's diagram is drawn from this table."""
+
+Key = tuple[int, int]
+
+
+@dataclass(slots=True)
+class SaveState:
+    """One save under way. ``key`` is (generation, step); ``failure`` set means that it must not commit any more."""
+
+    key: Key
+    attempt: str
+    plan_id: str
+    world_size: int
+    num_writers: int
+    max_tries: int
+    opened: float
+    deadline: float
+    stage: Stage = "claiming"
+    prefix: str = ""
+    segments: dict[int, SegmentInfo] = field(default_factory=dict)
+    holders: dict[int, str] = field(default_factory=dict)
+    shards: dict[int, ShardReport] = field(default_factory=dict)
+    failure: str | None = None
+    quiet: bool = False
+    fatal: bool = False
+    nbytes: int = 0
+
+    @property
+    def step(self) -> int:
+        """The training step that is saved."""
+        return self.key[1]
+
+    @property
+    def sealed(self) -> bool:
+        """All ranks hold a snapshot."""
+        return len(self.segments) == self.world_size
+
+    @property
+    def whole(self) -> bool:
+        """All ranks hold a snapshot and all their shards are safe."""
+        return self.sealed and len(self.shards) == self.num_writers
+
+    @property
+    def order(self) -> WriteOrder:
+        """What the hosts are told to write."""
+        return WriteOrder(
+            self.attempt,
+            *self.key,
+            self.plan_id,
+            self.prefix,
+            self.num_writers,
+            self.max_tries,
+            tuple(sorted(self.shards)),
+        )
+
+    def to(self, stage: Stage) -> None:
+        """Change the stage; an impossible change is a bug and tells the save's story."""
+        if stage not in TRANSITIONS[self.stage]:
+            raise AssertionError(f"{self.stage} -> {stage} is impossible: {self}")
+        self.stage = stage
+
+    def fail(self, reason: str, *, quiet: bool = False, fatal: bool = False) -> None:
+        """Decide that this save must not commit; the first reason stands."""
+        if self.failure is None and self.stage != "committed":
+            self.failure, self.quiet, self.fatal = reason, quiet, fatal
+
+
+class Saves:
+    """All saves of the present generation.
+
+    ``worker_of`` names a rank's worker (None: not heard of); ``decided_proposal`` says whether the step was agreed on
+    by all; ``check`` returns an error text for a fully sealed save that must not commit; ``on_end`` hears of
+    each end.
+    """
+
+    def __init__(self, flows: Flows, ledger: Ledger, roster: Roster) -> None:
+        self._flows = flows
+        self._ledger = ledger
+        self._roster = roster
+        self._config: JobConfig | None = None
+        self._counter = 0
+        self._settling_since: float | None = None
+        self.active: dict[Key, SaveState] = {}
+        self.outcomes: dict[Key, SaveOutcome] = {}
+        self.worker_of: Callable[[int], str | None] = lambda _: None
+        self.decided_proposal: Callable[[int], bool] = lambda _: False
+        self.check: Callable[[SaveState], str | None] = lambda _: None
+        self.on_end: Callable[[SaveState], None] = lambda _: None
+
+    # -- events ----------------------------------------------------------------------------------------
+
+    def begin(self, config: JobConfig) -> None:
+        """A new generation is sealed: nothing of an older one can commit any more."""
+        self._config = config
+        self._settling_since = None
+        for save in self.active.values():
+            save.fail("the job was started again before this save could commit", quiet=True)
+
+    def settle(self, config: JobConfig | None) -> None:
+        """A new generation waits to be sealed: decide what is under way, soon, and open nothing more."""
+        self._config = self._config or config
+        if self._settling_since is None:
+            self._settling_since = self._ledger.now
+
+    @property
+    def settled(self) -> bool:
+        """No save is undecided."""
+        return not self.active
+
+    def update(self, config: JobConfig | None) -> None:
+        """Take in the roster after an event."""
+        self._config = self._config or config
+        if self._config is None or self._ledger.head.generation is None:
+            return
+        for host in list(self._roster.hosts.values()):
+            self._take_in(host.report)
+        for save in list(self.active.values()):
+            self._judge(save, self._config)
+
+    def _take_in(self, report: HostReport) -> None:
+        for segment in report.segments:
+            save = self._save_of(segment)
+            if save is None:
+                continue
+            if (segment.plan_id, segment.world_size) != (save.plan_id, save.world_size):
+                save.fail(
+                    f"rank {segment.rank} saved another structure of the state at step {save.step} than rank "
+                    f"{next(iter(save.segments), '?')}: change the structure at the same step on every rank"
+                )
+            else:
+                save.segments.setdefault(segment.rank, segment)
+                save.holders[segment.rank] = report.host
+        by_attempt = {save.attempt: save for save in self.active.values()}
+        for shard in report.shards:
+            owner = by_attempt.get(shard.attempt)
+            if owner is not None:
+                owner.shards.setdefault(shard.writer, shard)
+        for failure in report.failures:
+            owner = by_attempt.get(failure.attempt)
+            if owner is not None and failure.writer not in owner.shards:
+                owner.fail(f"shard of writer {failure.writer} on {report.name or report.host}: {failure.error}")
+
+    def _save_of(self, segment: SegmentInfo) -> SaveState | None:
+        """The undecided save of a snapshot, opened if it is new; None if it is decided or of another generation."""
+        known = self.active.get(segment.save)
+        if known is not None:
+            return known
+        if self.decided(segment.save) or segment.generation != self._generation or self._settling_since is not None:
+            return None
+        return self._open(segment)
+
+    @property
+    def _generation(self) -> int:
+        generation = self._ledger.head.generation
+        return generation.number if generation else 0
+
+    def decided(self, key: Key) -> bool:
+        """Whether this save is committed or has failed, as far as can be known.
+
+        What a restarted coordinator finds below the newest commit of its generation was decided before it.
+        """
+        if key in self.active:
+            return False
+        if key in self.outcomes:
+            return True
+        newest = max((c.step for c in self._ledger.head.live if c.generation == key[0]), default=-1)
+        return key[1] <= newest
+
+    def outcome(self, key: Key) -> SaveOutcome | None:
+        """How a save ended, from memory or from the log."""
+        if key in self.active:
+            return None
+        found = self.outcomes.get(key)
+        if found is None:
+            for c in self._ledger.head.live:
+                if (c.generation, c.step) == key:
+                    return SaveOutcome(*key, "committed", c.prefix)
+        return found
+
+    def _open(self, segment: SegmentInfo) -> SaveState:
+        assert self._config is not None
+        self._counter += 1
+        save = SaveState(
+            key=segment.save,
+            attempt=f"e{self._ledger.epoch:06d}-{self._counter:06d}",
+            plan_id=segment.plan_id,
+            world_size=segment.world_size,
+            num_writers=segment.num_writers,
+            max_tries=self._config.max_tries,
+            opened=self._ledger.now,
+            deadline=self._ledger.now + self._config.save_timeout_s,
+        )
+        self.active[save.key] = save
+        self._flows.start(self._run(save))
+        return save
+
+    # -- can it still succeed? ---------------------------------------------------------------------------
+
+    def _judge(self, save: SaveState, config: JobConfig) -> None:
+        if save.failure is not None:
+            return
+        for rank in range(save.world_size):
+            if rank not in save.segments:
+                hopeless = self._hopeless(save, rank, config)
+                if hopeless:
+                    agreed = self.decided_proposal(save.step)
+                    proposed = all(s.trigger == "proposal" for s in save.segments.values())
+                    save.fail(hopeless, quiet=proposed and not agreed)
+                    return
+        if self._settling_since is not None and self._ledger.now > self._settling_since + config.settle_timeout_s:
+            save.fail(f"not finished in time for the next start of the job: {self.late(save)}")
+        if self._ledger.now > save.deadline and save.stage != "committing":
+            save.fail(f"not finished within {config.save_timeout_s:.0f} s: {self.late(save)}")
+
+    def _hopeless(self, save: SaveState, rank: int, config: JobConfig) -> str | None:
+        """Why a rank without a snapshot will never have one; None while it may."""
+        worker = self.worker_of(rank)
+        report = self._roster.worker(worker) if worker else None
+        if worker is None or report is None:
+            waited = self._settling_since is not None and (
+                self._ledger.now > self._settling_since + config.host_timeout_s
+            )
+            return f"rank {rank} has not been heard of since the coordinator started" if waited else None
+        where = f"rank {rank} on {self._roster.host_name(worker)}"
+        if self._roster.dead(worker):
+            return f"the training process of {where} ended before its snapshot of step {save.step}"
+        skipped = dict(report.skipped).get(save.step)
+        if skipped is not None:
+            return f"{where}: {skipped}"
+        if report.step > save.step or report.finished:
+            return f"{where} went past step {save.step} without saving it: call save() on every rank, or request_save()"
+        if self._settling_since is not None:
+            return f"{where} had not taken its snapshot when the job was started again"
+        return None
+
+    def late(self, save: SaveState) -> str:
+        """What a save waits for, for people."""
+        missing = [r for r in range(save.world_size) if r not in save.segments]
+        if missing:
+            return f"no snapshot from rank {', '.join(map(str, missing[:8]))}"
+        for rank, segment in sorted(save.segments.items()):
+            writers = range(segment.writer_base, segment.writer_base + segment.writers)
+            open_ = [w for w in writers if w not in save.shards]
+            if open_:
+                host = self._roster.hosts.get(save.holders[rank])
+                name = (host.report.name or host.report.host) if host else "a lost host"
+                return f"shard of writer {open_[0]} (rank {rank} on {name})"
+        return f"storage, in stage {save.stage}" + (f" ({self._ledger.trouble})" if self._ledger.trouble else "")
+
+    # -- the flow of one save -----------------------------------------------------------------------------
+
+    def _run(self, save: SaveState) -> Flow:
+        try:
+            yield from self._claim(save)
+            if save.failure is None:
+                save.to("writing")
+                yield Until(lambda: save.failure is not None or save.whole)
+            if save.failure is None:
+                problem = self.check(save)
+                if problem:
+                    save.fail(problem, fatal=True)
+            if save.failure is None:
+                yield from self._index(save)
+        except IoFailedError as error:
+            save.fail(f"storage: {error}")
+        if save.failure is None:
+            save.to("committing")
+            self._ledger.submit(lambda _: self._commit_record(save), lambda record: self._committed(save, record))
+            yield Until(lambda: save.failure is not None or save.stage == "committed")
+        if save.stage == "committed":
+            yield from self._announce(save)
+        else:
+            self._abort(save)
+
+    def _claim(self, save: SaveState) -> Generator[Io, Any, None]:
+        """Find a prefix that no other attempt has used or will use (see the design page, "Who may write")."""
+        bare = f"model.ckpt-{save.step}"
+        own = f"{save.attempt}/{bare}"
+        save.prefix = bare if save.step > self._ledger.head.high_water else own
+        existing = yield PutClaim(self._claim_of(save))
+        if existing is not None:
+            save.prefix = own
+            yield PutClaim(self._claim_of(save))
+        top = yield ReadHead()
+        if top is None or top.epoch != self._ledger.epoch:
+            if top is not None and top.epoch > self._ledger.epoch:
+                self._ledger.fence(top)
+            save.fail("another coordinator has taken the directory over")
+
+    def _claim_of(self, save: SaveState) -> Claim:
+        return Claim(save.attempt, self._ledger.epoch, *save.key, save.prefix, save.order.num_shards)
+
+    def _index(self, save: SaveState) -> Generator[Io | Until, Any, None]:
+        save.to("indexing")
+        metadata = yield PutMetadata(save)
+        save.nbytes = yield PutIndex(save, metadata)
+        yield Until(lambda: save.failure is not None or self._is_next(save))
+
+    def _is_next(self, save: SaveState) -> bool:
+        return all(s.step >= save.step for s in self.active.values())
+
+    def _commit_record(self, save: SaveState) -> LogRecord | None:
+        head = self._ledger.head
+        if save.failure is not None or head.generation is None or head.generation.number != save.key[0]:
+            save.fail("the job was started again before this save could commit", quiet=True)
+            return None
+        checkpoint = Checkpoint(
+            step=save.step,
+            prefix=save.prefix,
+            attempt=save.attempt,
+            generation=save.key[0],
+            time=self._ledger.now,
+            nbytes=save.nbytes,
+            num_shards=save.order.num_shards,
+            world_size=save.world_size,
+        )
+        older = tuple(replace(c, superseded=c.superseded or c.step == save.step) for c in head.live)
+        return self._ledger.next_record(
+            "commit",
+            live=(*older, checkpoint),
+            high_water=max(head.high_water, save.step),
+            attempt=save.attempt,
+            step=save.step,
+        )
+
+    def _committed(self, save: SaveState, record: LogRecord) -> None:
+        del record
+        save.to("committed")
+        self._end(save, SaveOutcome(*save.key, "committed", save.prefix))
+
+    def _announce(self, save: SaveState) -> Generator[Io, Any, None]:
+        try:
+            yield Committed(save)
+        except IoFailedError as error:
+            self._ledger.trouble = f"timeline of step {save.step}: {error}"
+
+    def _abort(self, save: SaveState) -> None:
+        save.to("failed")
+        self._end(save, SaveOutcome(*save.key, "failed", error=save.failure or ""))
+        self._ledger.submit(lambda _: self._abort_record(save), lambda _: None)
+
+    def _abort_record(self, save: SaveState) -> LogRecord:
+        high_water = max(self._ledger.head.high_water, save.step)
+        return self._ledger.next_record(
+            "abort", high_water=high_water, attempt=save.attempt, step=save.step, reason=save.failure or ""
+        )
+
+    def _end(self, save: SaveState, outcome: SaveOutcome) -> None:
+        del self.active[save.key]
+        self.outcomes[save.key] = outcome
+        for key in list(self.outcomes)[:-1024]:
+            del self.outcomes[key]
+        self.on_end(save)
