@@ -63,7 +63,7 @@ def parts(value: Any, box: Box) -> Parts:
         value = _key_data(value)
     found: Parts = []
     for held, data in _sources(value, box):
-        common = held if held == box else held.intersect(box)
+        common = box if held == box else held.intersect(box)
         if common is not None:
             found.append((common, cut(np.asarray(data), held, common)))
     return found

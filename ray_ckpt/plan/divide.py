@@ -101,20 +101,28 @@ def make_plan(
         boxes[item.name].append(box)
         owned[rank].append((item.tensor.holders[item.box][group_of[rank]], box))
     plan_id = _plan_id(layouts, max_writers_per_rank, min_writer_nbytes, cut_nbytes)
+    copies = [_ordered_copies(layout.leaves, own) for layout, own in zip(layouts, owned, strict=True)]
+    writers = [_writer_ranges(mine, max_writers_per_rank, min_writer_nbytes) for mine in copies]
+    bases = list(accumulate(map(len, writers), initial=0))
     checks = _checks(layouts, groups, tensors)
-    ranks: list[RankPlan] = []
-    base = 0
-    for rank, layout in enumerate(layouts):
-        copies = _ordered_copies(layout.leaves, owned[rank])
-        writers = _writer_ranges(copies, max_writers_per_rank, min_writer_nbytes)
-        fixed = sum(copy.nbytes for copy in copies if copy.nbytes != VARIABLE)
-        ranks.append(RankPlan(plan_id, rank, copies, writers, base, fixed, checks[group_of[rank]]))
-        base += len(writers)
+    ranks = tuple(
+        RankPlan(
+            plan_id=plan_id,
+            rank=rank,
+            copies=copies[rank],
+            writers=writers[rank],
+            writer_base=bases[rank],
+            num_writers=bases[-1],
+            fixed_nbytes=sum(copy.nbytes for copy in copies[rank] if copy.nbytes != VARIABLE),
+            checks=checks[group_of[rank]],
+        )
+        for rank in range(len(layouts))
+    )
     planned = tuple(
         TensorPlan(name, tensor.dtype, tensor.shape, tuple(sorted(boxes[name])))
         for name, tensor in sorted(tensors.items())
     )
-    return Plan(plan_id, tuple(ranks), planned, base)
+    return Plan(plan_id, ranks, planned, bases[-1])
 
 
 def not_tf_readable(plan: Plan) -> list[str]:
@@ -153,8 +161,8 @@ def _raise_disagreement(layouts: Sequence[Layout], name: str) -> None:
                 forms.setdefault(f"{leaf.dtype}{list(leaf.shape)}", []).append(str(rank))
     told = " but ".join(f"{form} on ranks {', '.join(ranks[:8])}" for form, ranks in forms.items())
     raise StateError(
-        f"{name}: {told}; a leaf of one name must be the same on every rank, use Slice for parts of one array "
-        "and PerWorker for values of each worker's own"
+        f"{name}: {told}; a leaf of one name must be the same on every rank, use Slice for parts of one "
+        "array and PerWorker for values of each worker's own"
     )
 
 

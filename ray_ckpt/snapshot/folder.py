@@ -1,0 +1,92 @@
+"""Segments of a folder: where they lie, who uses them, and how they go."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ray_ckpt.errors import StorageError
+from ray_ckpt.snapshot.segment import Segment, SegmentState
+from ray_ckpt.snapshot.table import SaveId
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentInfo:
+    """A segment as `scan` sees it.
+
+    ``save`` is None while it is empty; ``modified`` is in seconds since the epoch.
+    """
+
+    path: Path
+    state: SegmentState
+    save: SaveId | None
+    data_nbytes: int
+    in_use: bool
+    modified: float
+
+
+def default_folder(run_id: str) -> Path:
+    """The folder of a run's segments on tmpfs, made private to this user.
+
+    Raises:
+        StorageError: somebody else has put something in its place.
+    """
+    base = Path(f"/dev/shm/ray_ckpt-{os.getuid()}")
+    folder = base / run_id
+    for part in (base, folder):
+        part.mkdir(mode=0o700, exist_ok=True)
+        found = part.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+            raise StorageError(f"{part} is not a folder of this user's alone (mode 0700); remove it")
+    return folder
+
+
+def in_use(path: str | Path) -> bool:
+    """True while any process, this one too, has the segment open."""
+    with _exclusive(path) as alone:
+        return not alone
+
+
+def reclaim(path: str | Path) -> bool:
+    """Remove a segment that nobody has open; False if somebody has."""
+    with _exclusive(path) as alone:
+        if alone:
+            Path(path).unlink(missing_ok=True)
+        return alone
+
+
+def scan(folder: str | Path) -> list[SegmentInfo]:
+    """The segments in a folder, by name; other files are skipped. A folder that is not there has none."""
+    found = []
+    for path in sorted(Path(folder).glob("*")):
+        with contextlib.suppress(StorageError, FileNotFoundError):
+            used = in_use(path)
+            with Segment.open(path) as segment:
+                modified = path.stat().st_mtime
+                found.append(
+                    SegmentInfo(path, segment.state, segment.save, segment.data_nbytes, used, modified)
+                )
+    return found
+
+
+@contextlib.contextmanager
+def _exclusive(path: str | Path) -> Iterator[bool]:
+    """Whether we are the only user, who holds the file as long as this runs."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as err:
+        raise StorageError(f"{path}: cannot open the segment: {err.strerror}") from err
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(fd)

@@ -1,0 +1,331 @@
+"""A segment: one snapshot in a file on tmpfs, mapped by trainer, agent and writers alike.
+
+Layout, native byte order (the file never leaves its host):
+
+    0       magic
+    8       state, fill count, sizes: 64-bit words, see `_Word`
+    48      id of the boot of the machine that filled it, 16 bytes
+    64      digest of the table, 16 bytes
+    80      JSON of the save id
+    4096    try counters of 1024 writers: (order of the attempt, tries so far), 64-bit words
+    20480   data, exactly the bytes of the data shards, one after another
+    then, from the next page on: the table of entries (JSON)
+
+The state is one aligned word and is stored last, so a crash at any point leaves no segment that looks sealed
+and is not. A segment sealed before the machine was booted counts as empty: its pages need not all have
+reached the disk it lies on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import mmap
+import os
+import threading
+from collections.abc import Iterator
+from enum import IntEnum
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn
+
+import numpy as np
+
+from ray_ckpt.errors import DamagedError, SaveError, StorageError, UsageError
+from ray_ckpt.snapshot.table import SaveId, Table, decode_save, decode_table, encode_save
+
+MAX_WRITERS = 1024
+_MAGIC = b"RAYCKPT1"
+_PAGE = 4096
+_TRIES_AT = 4096
+HEADER_NBYTES = _TRIES_AT + 16 * MAX_WRITERS
+_BOOT = slice(48, 64)
+_DIGEST = slice(64, 80)
+_SAVE_AT = 80
+_MADV_POPULATE_WRITE = 23
+_POPULATE_NBYTES = 8 << 20
+"""Small, as madvise holds the interpreter lock while it runs."""
+
+
+class SegmentState(IntEnum):
+    """What a segment's data is good for."""
+
+    EMPTY = 0
+    FILLING = 1
+    SEALED = 2
+
+
+class _Word(IntEnum):
+    """Index of a header field in 64-bit words. FILLS counts fills, so that a reader notices any."""
+
+    STATE = 1
+    DATA_NBYTES = 2
+    FILLS = 3
+    TABLE_NBYTES = 4
+    SAVE_NBYTES = 5
+
+
+class Segment:
+    """A mapped segment; holds a shared lock on its file until `close`.
+
+    ``data`` is the data region, read-only unless opened for writing. ``fills`` changes whenever somebody
+    starts to fill it again.
+    """
+
+    def __init__(self, path: Path, fd: int, *, writable: bool) -> None:
+        self.path = path
+        self._fd = fd
+        self._thread_lock = threading.Lock()
+        nbytes = os.pread(fd, 8, 8 * _Word.DATA_NBYTES)
+        self.data_nbytes = int.from_bytes(nbytes, "little" if np.little_endian else "big")
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        self._map = mmap.mmap(fd, HEADER_NBYTES + self.data_nbytes, mmap.MAP_SHARED, protection)
+        view = memoryview(self._map)
+        self._words = view[:HEADER_NBYTES].cast("Q")
+        self._tries = view[_TRIES_AT:HEADER_NBYTES].cast("Q")
+        self.data = view[HEADER_NBYTES:]
+
+    @classmethod
+    def create(cls, path: str | Path, data_nbytes: int) -> Segment:
+        """Make a new, empty segment for ``data_nbytes`` of data and map it; all its memory is taken now.
+
+        Raises:
+            StorageError: the path exists, or the folder has not enough free space.
+        """
+        if data_nbytes < 0:
+            raise UsageError(f"{path}: a segment cannot have {data_nbytes} bytes")
+        path = Path(path)
+        total = HEADER_NBYTES + data_nbytes
+        _check_free(path, total)
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError as err:
+            raise StorageError(f"{path}: cannot create the segment: {err.strerror}") from err
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH)
+            # Not ftruncate: pages that a full tmpfs cannot give would kill the process with SIGBUS later.
+            os.posix_fallocate(fd, 0, total)
+            words = np.zeros(_SAVE_AT // 8, np.uint64)
+            words[_Word.DATA_NBYTES] = data_nbytes
+            os.pwrite(fd, words.tobytes(), 0)
+            os.pwrite(fd, _MAGIC, 0)
+            return cls(path, fd, writable=True)
+        except BaseException as err:
+            os.close(fd)
+            path.unlink(missing_ok=True)
+            if isinstance(err, OSError):
+                _raise_full(path, total, err)
+            raise
+
+    @classmethod
+    def open(cls, path: str | Path, *, writable: bool = False) -> Segment:
+        """Map an existing segment.
+
+        Raises:
+            StorageError: it is not there, not a segment, or not this user's.
+        """
+        path = Path(path)
+        try:
+            fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError as err:
+            raise StorageError(f"{path}: cannot open the segment: {err.strerror}") from err
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH)
+            found = os.fstat(fd)
+            if found.st_uid != os.getuid() or not found.st_nlink:
+                raise StorageError(f"{path}: the segment belongs to another user or has just been removed")
+            if os.pread(fd, len(_MAGIC), 0) != _MAGIC:
+                raise StorageError(f"{path} is not a segment of this version; remove it if nobody uses it")
+            return cls(path, fd, writable=writable)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def __enter__(self) -> Segment:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Unmap and unlock; the file stays. Arrays over ``data`` keep the mapping alive until they go."""
+        if self._fd < 0:
+            return
+        os.close(self._fd)
+        self._fd = -1
+        for view in (self._words, self._tries, self.data):
+            with contextlib.suppress(BufferError):
+                view.release()
+        with contextlib.suppress(BufferError):
+            self._map.close()
+
+    @property
+    def state(self) -> SegmentState:
+        """The state as any process sees it now."""
+        state = SegmentState(self._words[_Word.STATE])
+        stale = state is SegmentState.SEALED and self._map[_BOOT] != _boot_id()
+        return SegmentState.EMPTY if stale else state
+
+    @property
+    def fills(self) -> int:
+        """How often this segment has been filled."""
+        return self._words[_Word.FILLS]
+
+    @property
+    def save(self) -> SaveId | None:
+        """The save that fills or filled it; None while it is empty."""
+        if self.state is SegmentState.EMPTY:
+            return None
+        with contextlib.suppress(ValueError, TypeError):
+            return decode_save(self._map[_SAVE_AT : _SAVE_AT + self._words[_Word.SAVE_NBYTES]])
+        return None
+
+    def populate(self) -> None:
+        """Map every page into this process now, so that the first snapshot does not pay for it."""
+        length = len(self._map)
+        for start in range(0, length, _POPULATE_NBYTES):
+            try:
+                self._map.madvise(_MADV_POPULATE_WRITE, start, min(_POPULATE_NBYTES, length - start))
+            except OSError:
+                # Linux before 5.14: write each page's own first byte back.
+                pages = np.frombuffer(self._map, np.uint8)[start : start + _POPULATE_NBYTES : _PAGE]
+                pages |= np.uint8(0)
+
+    @contextlib.contextmanager
+    def fill(self, save: SaveId) -> Iterator[Segment]:
+        """While this runs the segment is being filled; unless it was sealed by the end, it is empty then.
+
+        Raises:
+            SaveError: it holds a sealed snapshot, which must be released first.
+        """
+        if self.state is SegmentState.SEALED:
+            raise SaveError(f"{self.path}: still holds the snapshot {self.save}; release it first")
+        text = encode_save(save)
+        if len(text) > _TRIES_AT - _SAVE_AT:
+            raise UsageError(f"{self.path}: the save id has {len(text)} bytes; use a shorter run name")
+        self._words[_Word.STATE] = SegmentState.FILLING
+        self._words[_Word.FILLS] += 1
+        self._map[_BOOT] = _boot_id()
+        self._tries[:] = memoryview(bytes(16 * MAX_WRITERS)).cast("Q")
+        self._words[_Word.SAVE_NBYTES] = len(text)
+        self._map[_SAVE_AT : _SAVE_AT + len(text)] = text
+        try:
+            yield self
+        finally:
+            if self.state is SegmentState.FILLING:
+                self._words[_Word.STATE] = SegmentState.EMPTY
+
+    def seal(self, table: bytes) -> None:
+        """Write the table and declare the data whole.
+
+        Raises:
+            StorageError: no space for the table.
+        """
+        try:
+            os.posix_fallocate(self._fd, self._table_at, max(1, len(table)))
+            os.pwrite(self._fd, table, self._table_at)
+        except OSError as err:
+            _raise_full(self.path, len(table), err)
+        self._words[_Word.TABLE_NBYTES] = len(table)
+        self._map[_DIGEST] = _digest(table)
+        self._words[_Word.STATE] = SegmentState.SEALED
+
+    def table(self) -> Table:
+        """The sealed contents.
+
+        Raises:
+            SaveError: the segment is not sealed.
+            DamagedError: the table fails its digest.
+        """
+        if self.state is not SegmentState.SEALED:
+            raise SaveError(f"{self.path}: the segment is {self.state.name.lower()}, expected it sealed")
+        data = os.pread(self._fd, self._words[_Word.TABLE_NBYTES], self._table_at)
+        if _digest(data) != self._map[_DIGEST]:
+            raise DamagedError(f"{self.path}: the table of entries fails its digest; the snapshot is lost")
+        return decode_table(data)
+
+    def release(self) -> None:
+        """The snapshot is not needed any more."""
+        self._words[_Word.STATE] = SegmentState.EMPTY
+
+    def next_try(self, writer: int, order: int = 0) -> int:
+        """The number of this writer's next try, from 0, never given twice; kept in the file.
+
+        ``order`` rises with the attempts that write this snapshot: each counts from 0.
+
+        Raises:
+            SaveError: a later attempt has taken over.
+            UsageError: more than 1024 writers.
+        """
+        if not 0 <= writer < MAX_WRITERS:
+            raise UsageError(f"writer {writer}: a segment counts tries of {MAX_WRITERS} writers")
+        at = 2 * writer
+        with self._thread_lock, _range_lock(self._fd, _TRIES_AT + 8 * at):
+            if self._tries[at] > order:
+                raise SaveError(f"{self.path}: a later attempt than {order} writes this snapshot")
+            if self._tries[at] < order:
+                # In this order: a crash in between skips numbers, and gives none twice.
+                self._tries[at] = order
+                self._tries[at + 1] = 0
+            number = self._tries[at + 1]
+            self._tries[at + 1] = number + 1
+            return number
+
+    @property
+    def _table_at(self) -> int:
+        return -(-(HEADER_NBYTES + self.data_nbytes) // _PAGE) * _PAGE
+
+
+@contextlib.contextmanager
+def _range_lock(fd: int, start: int) -> Iterator[None]:
+    """A record lock between processes; apart from flock's, so that users' shared locks do not block it."""
+    fcntl.lockf(fd, fcntl.LOCK_EX, 16, start)
+    try:
+        yield
+    finally:
+        fcntl.lockf(fd, fcntl.LOCK_UN, 16, start)
+
+
+def _check_free(path: Path, nbytes: int) -> None:
+    try:
+        found = os.statvfs(path.parent)
+    except OSError as err:
+        raise StorageError(f"{path.parent}: cannot hold segments: {err.strerror}") from err
+    free = found.f_bavail * found.f_frsize
+    if free < nbytes:
+        raise StorageError(f"{path}: needs {nbytes} bytes, its folder has {free} free; {_REMEDY}")
+
+
+_REMEDY = (
+    "give it more (docker run --shm-size, an emptyDir with medium Memory, mount -o remount,size=), remove old "
+    "segments with `ray-ckpt clean`, or name another folder"
+)
+
+
+def _raise_full(path: Path, nbytes: int, err: OSError) -> NoReturn:
+    if err.errno == errno.ENOSPC:
+        raise StorageError(f"{path}: no space for {nbytes} bytes in {path.parent}; {_REMEDY}") from err
+    raise StorageError(f"{path}: cannot write the segment: {err.strerror}") from err
+
+
+def _digest(table: bytes) -> bytes:
+    return hashlib.blake2b(table, digest_size=16).digest()
+
+
+def _boot_id() -> bytes:
+    global _boot
+    if _boot is None:
+        try:
+            _boot = bytes.fromhex(
+                Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", "")
+            )
+        except (OSError, ValueError):
+            _boot = bytes(16)
+    return _boot
+
+
+_boot: bytes | None = None

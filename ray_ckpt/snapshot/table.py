@@ -1,0 +1,121 @@
+"""What lies in a sealed segment: its entries and how they divide into data shards, as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+from ray_ckpt.types import Box, Layout, RankPlan, Shape
+
+
+@dataclass(frozen=True, slots=True)
+class SaveId:
+    """Whose bytes a segment holds. ``trigger`` says why the save was made ("steps", "request", ...)."""
+
+    run: str
+    generation: int
+    step: int
+    rank: int
+    world_size: int
+    plan_id: str
+    trigger: str
+
+
+class Entry(NamedTuple):
+    """One rectangle of one tensor: ``nbytes`` bytes from ``start`` on in the data region.
+
+    ``shape`` is the tensor's. ``crc`` is the crc32c of a string entry, which is not that of its bytes as
+    stored; None for others: it is computed while they are written.
+    """
+
+    name: str
+    dtype: str
+    shape: Shape
+    box: Box
+    start: int
+    nbytes: int
+    crc: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A sealed segment's contents.
+
+    ``writers[i]`` is the range of entries of the rank's writer i, whose index in the job is
+    ``writer_base + i``. ``digests``: by name, of leaves that other ranks hold too, for comparison.
+    """
+
+    save: SaveId
+    entries: tuple[Entry, ...]
+    writers: tuple[tuple[int, int], ...]
+    writer_base: int
+    digests: Mapping[str, int]
+
+
+def encode_save(save: SaveId) -> bytes:
+    """The save id as JSON."""
+    return _dumps(asdict(save))
+
+
+def decode_save(data: bytes) -> SaveId:
+    """The inverse of `encode_save`."""
+    return SaveId(**json.loads(data))
+
+
+_fixed_entries: dict[tuple[str, int], bytes] = {}
+"""The entries of the last plan: equal for all its saves, and the larger part of the work for small leaves."""
+
+
+def encode_table(
+    save: SaveId,
+    plan: RankPlan,
+    layout: Layout,
+    strings: Sequence[tuple[int, int, int]],
+    digests: Mapping[str, int],
+) -> bytes:
+    """The table as JSON. ``strings`` has (start, nbytes, crc) of each copy without a fixed size, in order."""
+    key = (plan.plan_id, plan.rank)
+    fixed = _fixed_entries.get(key)
+    if fixed is None:
+        rows = [
+            _row(layout, i, plan, c.start, c.nbytes, None) for i, c in enumerate(plan.copies) if c.start >= 0
+        ]
+        _fixed_entries.clear()
+        fixed = _fixed_entries[key] = _dumps(rows)[1:-1]
+    first = len(plan.copies) - len(strings)
+    variable = _dumps([_row(layout, first + i, plan, *place) for i, place in enumerate(strings)])[1:-1]
+    rest = {
+        "save": asdict(save),
+        "writers": [[writer.first, writer.stop] for writer in plan.writers],
+        "writer_base": plan.writer_base,
+        "digests": dict(digests),
+    }
+    entries = b",".join(filter(None, (fixed, variable)))
+    return b'{"entries":[' + entries + b"]," + _dumps(rest)[1:]
+
+
+def decode_table(data: bytes) -> Table:
+    """The inverse of `encode_table`."""
+    raw = json.loads(data)
+    return Table(
+        SaveId(**raw["save"]),
+        tuple(
+            Entry(name, dtype, tuple(shape), Box(tuple(offset), tuple(extent)), start, nbytes, crc)
+            for name, dtype, shape, offset, extent, start, nbytes, crc in raw["entries"]
+        ),
+        tuple((first, stop) for first, stop in raw["writers"]),
+        raw["writer_base"],
+        raw["digests"],
+    )
+
+
+def _row(layout: Layout, index: int, plan: RankPlan, start: int, nbytes: int, crc: int | None) -> list[Any]:
+    copy = plan.copies[index]
+    leaf = layout.leaves[copy.leaf]
+    return [leaf.name, leaf.dtype, leaf.shape, copy.box.offset, copy.box.shape, start, nbytes, crc]
+
+
+def _dumps(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
