@@ -1,0 +1,30 @@
+"""``ray-ckpt save``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ray_ckpt.cli.options import Json, Url
+from ray_ckpt.cli.output import print_json, stdout
+
+Reason = Annotated[str, typer.Option("--reason", help="Why, for the log and the metrics.")]
+Timeout = Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds to wait for the answer.")]
+
+
+def save(
+    url: Url,
+    reason: Reason = "ray-ckpt save",
+    timeout: Timeout = 60.0,
+    as_json: Json = False,
+) -> None:
+    """Ask the job that runs on this directory to save; run it where its Ray cluster can be reached."""
+    # Only this subcommand needs Ray, whose import takes longer than all the others run.
+    from ray_ckpt.coordinator import request_save
+
+    step = request_save(url, reason, timeout)
+    if as_json:
+        print_json({"url": url, "step": step})
+    else:
+        stdout().print(f"the job saves at step {step}", markup=False)
