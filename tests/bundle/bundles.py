@@ -56,9 +56,7 @@ def cut(name: str, array: Array, boxes: Sequence[Box]) -> list[Part]:
 def rows(shape: Shape, count: int) -> list[Box]:
     """``count`` boxes that cut the first dimension as evenly as it goes."""
     edges = [shape[0] * i // count for i in range(count + 1)]
-    return [
-        Box((lo,) + (0,) * (len(shape) - 1), (hi - lo, *shape[1:])) for lo, hi in itertools.pairwise(edges)
-    ]
+    return [Box((lo,) + (0,) * (len(shape) - 1), (hi - lo, *shape[1:])) for lo, hi in itertools.pairwise(edges)]
 
 
 def write_bundle(prefix: Path, shards: Sequence[Sequence[Part]]) -> None:
@@ -94,8 +92,7 @@ def read_bundle(prefix: Path) -> dict[str, tuple[str, Array]]:
     """{name: (dtype, values)} of every tensor but variants, read and verified with this package."""
     index = Index.parse(Path(index_name(str(prefix))).read_bytes(), str(prefix))
     return {
-        name: (tensor.dtype, read_tensor(prefix, index.num_shards, tensor))
-        for name, tensor in index.tensors.items()
+        name: (tensor.dtype, read_tensor(prefix, index.num_shards, tensor)) for name, tensor in index.tensors.items()
     }
 
 

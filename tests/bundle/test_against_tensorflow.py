@@ -53,9 +53,7 @@ def tf_write(prefix: Path, shards: Sequence[Sequence[Part]]) -> None:
             shape_and_slices=[spec(part) for part in parts],
             tensors=[tf.constant(part.array, tf.as_dtype(part_dtype(part))) for part in parts],
         )
-    tf.raw_ops.MergeV2Checkpoints(
-        checkpoint_prefixes=pieces, destination_prefix=str(prefix), delete_old_dirs=False
-    )
+    tf.raw_ops.MergeV2Checkpoints(checkpoint_prefixes=pieces, destination_prefix=str(prefix), delete_old_dirs=False)
 
 
 def part_dtype(part: Part) -> str:
@@ -81,9 +79,7 @@ def test_tensorflow_reads_whole_tensors(dtype: str, tmp_path: Path, seed: int) -
         assert reader.get_variable_to_dtype_map()[name] == tf.as_dtype(dtype)
         assert reader.get_variable_to_shape_map()[name] == list(array.shape)
         assert same_bits(np.asarray(reader.get_tensor(name), array.dtype), array), name
-        assert same_bits(np.asarray(restore(tmp_path / "model.ckpt-5", name, dtype), array.dtype), array), (
-            name
-        )
+        assert same_bits(np.asarray(restore(tmp_path / "model.ckpt-5", name, dtype), array.dtype), array), name
 
 
 @pytest.mark.parametrize("dtype", sorted(DTYPE_NAMES))
@@ -175,11 +171,23 @@ def names(seed: int, count: int, nbytes: int) -> list[str]:
 )
 def test_bytes_are_tensorflows(count: int, name_nbytes: int, tmp_path: Path, seed: int) -> None:
     parts = [
-        Part.whole(name, np.full(i % 5, i, np.int32))
-        for i, name in enumerate(sorted(names(seed, count, name_nbytes)))
+        Part.whole(name, np.full(i % 5, i, np.int32)) for i, name in enumerate(sorted(names(seed, count, name_nbytes)))
     ]
     shards = [shard for shard in (parts[::3], parts[1::3], parts[2::3]) if shard]
     assert_identical(tmp_path, shards)
+
+
+def test_bytes_are_tensorflows_where_a_block_boundary_has_no_short_key(tmp_path: Path) -> None:
+    parts = [Part.whole(f"{i:06d}{'x' * 240}", np.zeros(0, np.int8)) for i in range(3000)]
+    assert_identical(tmp_path, [parts])
+
+
+def test_bytes_are_tensorflows_around_the_size_of_a_block(tmp_path: Path) -> None:
+    # The first name fills a block but for a few bytes, more or less.
+    for nbytes in range(262144 - 50, 262144):
+        names = ["a" * nbytes, "b"]
+        assert_identical(tmp_path, [[Part.whole(name, np.zeros(1, np.int8)) for name in names]])
+    assert read_bundle(tmp_path / "ours").keys() == set(names)
 
 
 @pytest.mark.parametrize("dtype", sorted(DTYPE_NAMES))
@@ -258,9 +266,7 @@ def test_tensorflow_takes_our_empty_state_file_for_no_checkpoint(tmp_path: Path)
 
 
 def test_we_read_tensorflows_state_file(tmp_path: Path) -> None:
-    manager = tf.train.CheckpointManager(
-        tf.train.Checkpoint(a=tf.Variable(1.0)), str(tmp_path), max_to_keep=2
-    )
+    manager = tf.train.CheckpointManager(tf.train.Checkpoint(a=tf.Variable(1.0)), str(tmp_path), max_to_keep=2)
     for _ in range(3):
         manager.save()
     raw = (tmp_path / "checkpoint").read_bytes()

@@ -123,7 +123,7 @@ def test_key_in_two_runs_names_the_tensor() -> None:
     with pytest.raises(StateError, match="a/kernel: written twice"):
         merge_index([encode_run(sample()), encode_run([sample()[-4]])], 2)
     key = piece_key("w", Box((0, 0), (2, 3)), (4, 3))
-    with pytest.raises(StateError, match="^w: written twice"):
+    with pytest.raises(StateError, match=r"^w: written twice"):
         merge_index([encode_run(sample()), encode_run([(key, b"")])], 2)
 
 
@@ -134,6 +134,13 @@ def test_runs_that_are_none() -> None:
         encode_run([(b"b", b""), (b"a", b"")])
     with pytest.raises(StateError, match="name is empty"):
         merge_index([encode_run([(b"", b"")])], 1)
+
+
+def test_run_with_bytes_too_many_or_too_few() -> None:
+    run = encode_run(sample())
+    for bad in (run + b"x", run[:-1], run[:20], run[:3], b""):
+        with pytest.raises(DamagedError, match="index entries"):
+            decode_run(bad)
 
 
 @given(st.binary(max_size=40))
@@ -252,6 +259,31 @@ def test_shared_prefixes_that_stand_for_terabytes() -> None:
         read_table(file_of_blocks([b"".join((*entries, struct.pack("<II", 0, 1)))], [0]))
 
 
+@pytest.mark.parametrize(
+    ("bodies", "message"),
+    [
+        ([b"\5\1\0k" + struct.pack("<II", 0, 1)], "runs past its end"),
+        ([b"\0\1\5k" + struct.pack("<II", 0, 1)], "runs past its end"),
+        ([b"\0\1\0b\0\1\0a" + struct.pack("<II", 0, 1)], "b'a' follows b'b'"),
+        ([b"\0\1\0a" * 2 + struct.pack("<II", 0, 1)], "b'a' follows b'a'"),
+        ([b"\0\1\0a" + struct.pack("<II", 0, 1000)], "cannot hold 1000 restarts"),
+        ([b"\0\1"], "too short"),
+        ([block_of([(b"b", b"")]), block_of([(b"a", b"")])], "out of order"),
+        ([block_of([(b"\xff\xff", b"")])], "out of order"),
+    ],
+)
+def test_blocks_with_sound_checksums(bodies: list[bytes], message: str) -> None:
+    with pytest.raises(DamagedError, match=message):
+        read_table(file_of_blocks(bodies, list(range(len(bodies)))))
+
+
+def test_block_beyond_the_end() -> None:
+    raw = write_table([(b"k", b"v")])
+    footer = (varint(10**6) + varint(8) + varint(0) + varint(8)).ljust(40, b"\0")
+    with pytest.raises(DamagedError, match="block at 1000000 of 8 bytes does not fit"):
+        read_table(raw[:-48] + footer + raw[-8:])
+
+
 def test_compressed_block() -> None:
     body = struct.pack("<II", 0, 1)
     raw = bytearray(file_of_blocks([body], [0]))
@@ -330,10 +362,7 @@ def full(boxes: list[Box]) -> bytes:
     ],
 )
 def test_slices(listed: list[Box], stored: list[Box], message: str) -> None:
-    pairs = [
-        (piece_key("w", box, (4, 3)), encode_piece("int32", box.shape, 0, 0, 4 * box.size, 0))
-        for box in stored
-    ]
+    pairs = [(piece_key("w", box, (4, 3)), encode_piece("int32", box.shape, 0, 0, 4 * box.size, 0)) for box in stored]
     pairs.append((b"w", full(listed) if listed else encode_piece("int32", (4, 3), 0, 0, 48, 0)))
     with pytest.raises(DamagedError, match=f"w: .*{message}"):
         Index.parse(index_of(pairs))
@@ -346,7 +375,7 @@ def test_slice_of_another_type_shape_or_rank() -> None:
     others = [
         encode_piece("float32", (2, 3), 0, 0, 24, 0),
         encode_piece("int32", (3, 2), 0, 0, 24, 0),
-        full(boxes),
+        encode_partitioned("int32", (2, 3), [Box((0, 0), (1, 3))]),
     ]
     for other in others:
         with pytest.raises(DamagedError, match="another dtype or shape"):
@@ -360,6 +389,14 @@ def test_slice_of_another_type_shape_or_rank() -> None:
 def test_slices_in_more_dimensions_than_tensorflow_has() -> None:
     with pytest.raises(DamagedError, match="rank 9"):
         Index.parse(index_of([(b"w", encode_partitioned("int8", (2,) * 9, rows((2,) * 9, 2)))]))
+
+
+def test_slices_that_would_take_gigabytes_to_check() -> None:
+    shape = (8200, *(2,) * 7)
+    boxes = [Box((0,) * 8, (1,) * 8), *rows(shape, 8200)[1:]]
+    pairs = [(piece_key("w", box, shape), encode_piece("int8", box.shape, 0, 0, box.size, 0)) for box in boxes]
+    with pytest.raises(DamagedError, match="8200 slices in 8 dimensions are too many"):
+        Index.parse(index_of([*pairs, (b"w", encode_partitioned("int8", shape, boxes))]))
 
 
 def test_whole_dimensions_may_be_spelled_out() -> None:

@@ -29,9 +29,7 @@ def test_slices_of_readable_types_pass(dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", sorted(UNPARTITIONABLE))
 def test_slices_of_unreadable_types(dtype: str) -> None:
-    with pytest.raises(
-        StateError, match=rf"layer/w: TensorFlow cannot read {dtype} .* let one rank hold all"
-    ):
+    with pytest.raises(StateError, match=rf"layer/w: TensorFlow cannot read {dtype} .* let one rank hold all"):
         check_tensor("layer/w", dtype, (5, 4), rows((5, 4), 2))
 
 
@@ -50,7 +48,7 @@ def test_unusual_names_that_tensorflow_reads() -> None:
 
 
 def test_unknown_dtype() -> None:
-    with pytest.raises(StateError, match="w: .*'float8_e4m3'.*bfloat16"):
+    with pytest.raises(StateError, match=r"w: .*'float8_e4m3'.*bfloat16"):
         check_tensor("w", "float8_e4m3", (2,), [Box.whole((2,))])
 
 
@@ -75,7 +73,7 @@ def test_empty_tensor_in_slices() -> None:
 
 def test_rank_9_in_slices() -> None:
     shape = (2,) + (1,) * 8
-    with pytest.raises(StateError, match="rank 9.*reshape"):
+    with pytest.raises(StateError, match=r"rank 9.*reshape"):
         check_tensor("w", "float32", shape, rows(shape, 2))
 
 

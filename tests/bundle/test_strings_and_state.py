@@ -77,6 +77,28 @@ def test_every_flipped_bit_of_strings_shows() -> None:
             assert content_crc("string", 3, bytes(bad)) != crc
 
 
+def test_damaged_strings_say_what_is_wrong() -> None:
+    raw, _ = encode_strings([b"hello", b""], (2,))
+    with pytest.raises(DamagedError, match="lengths of 2 strings"):
+        decode_strings(b"\4" + raw[1:], 2)
+    for bad in (raw + b"x", raw[:-1]):
+        with pytest.raises(DamagedError, match=f"need 11 bytes, there are {len(bad)}"):
+            decode_strings(bad, 2)
+
+
+def test_damaged_variants_say_what_is_wrong() -> None:
+    length = (3).to_bytes(8, "little")
+    crc = crc32c(length + b"abc")
+    inner = mask(crc).to_bytes(4, "little")
+    raw = b"\3abc" + inner
+    assert content_crc("variant", 1, raw) == crc32c(inner, crc)
+    for bad in (b"\3abd" + inner, raw[:-1]):
+        with pytest.raises(DamagedError, match="element 0 of a variant"):
+            content_crc("variant", 1, bad)
+    with pytest.raises(DamagedError, match="1 variants need 8 bytes, there are 9"):
+        content_crc("variant", 1, raw + b"x")
+
+
 @given(st.binary(max_size=60), st.integers(0, 100))
 def test_hostile_strings_are_damaged_or_strings(raw: bytes, count: int) -> None:
     for dtype in ("string", "variant"):
