@@ -136,9 +136,7 @@ def build(kind: str, like: Any, pieces: Mapping[Box, Array]) -> Any:
     return _KIND_BY_NAME.get(bare.split(":")[0], cast(Kind, python_leaf)).build(bare, None, pieces)
 
 
-_KIND_BY_NAME = cast(
-    Mapping[str, Kind], {"numpy": numpy_leaf, "jax": jax_leaf, "tf": tf_leaf, "torch": torch_leaf}
-)
+_KIND_BY_NAME = cast(Mapping[str, Kind], {"numpy": numpy_leaf, "jax": jax_leaf, "tf": tf_leaf, "torch": torch_leaf})
 
 
 def _kind_of(name: str, value: Any) -> Kind:
@@ -190,7 +188,5 @@ def _bare(value: Any, box: Box) -> tuple[Any, Box]:
     if isinstance(value, PerWorker):
         return _bare(value.value, box)
     if isinstance(value, Slice):
-        return value.array, Box(
-            tuple(o - d for o, d in zip(box.offset, value.offset, strict=True)), box.shape
-        )
+        return value.array, Box(tuple(o - d for o, d in zip(box.offset, value.offset, strict=True)), box.shape)
     return value, box

@@ -101,9 +101,7 @@ def build(kind: str, like: Any, pieces: Mapping[Box, Array]) -> Any:
         arrays = jax.device_put([pieces[box] for box in boxes.values()], list(boxes))
         out = jax.make_array_from_single_device_arrays(like.shape, like.sharding, arrays)
     if out.dtype != like.dtype:
-        raise MismatchError(
-            f"JAX made {out.dtype} of a {like.dtype} target; set jax_enable_x64 or change the target"
-        )
+        raise MismatchError(f"JAX made {out.dtype} of a {like.dtype} target; set jax_enable_x64 or change the target")
     return out
 
 

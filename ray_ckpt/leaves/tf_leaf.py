@@ -33,12 +33,12 @@ def describe(name: str, value: Any) -> Form:
         raise unsupported(name, value, "a graph tensor has no value outside its session; use eager execution")
     try:
         shape = tuple(value.shape.as_list())
-        dtype = value.dtype.base_dtype if hasattr(value.dtype, "base_dtype") else value.dtype
-        stored = dtype_name(np.dtype(dtype.as_numpy_dtype))
+        stored = dtype_name(np.dtype(value.dtype.base_dtype.as_numpy_dtype))
+    except KeyError:
+        # TensorFlow's answer for handles and variants, which numpy has no dtype for.
+        raise unsupported(name, value, f"dtype {value.dtype.name}") from None
     except (StateError, TypeError, ValueError) as err:
         raise unsupported(name, value, str(err)) from None
-    if dtype.name in ("resource", "variant"):
-        raise unsupported(name, value, f"dtype {dtype.name}")
     return Form(stored, shape, whole(shape), "tf:variable" if _is_variable(value) else "tf")
 
 

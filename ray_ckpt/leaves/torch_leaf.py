@@ -29,6 +29,12 @@ def describe(name: str, value: Any) -> Form:
     Raises:
         StateError: a sparse, quantized or meta tensor, or a dtype that no checkpoint holds.
     """
+    if value.device.type == "meta":
+        raise StateError(f"{name}: a tensor on the meta device has no value to save; pass the real one")
+    return _form(name, value)
+
+
+def _form(name: str, value: Any) -> Form:
     torch = sys.modules["torch"]
     if value.layout != torch.strided or value.is_quantized:
         raise unsupported(name, value, "not a dense tensor; save its parts")
@@ -45,20 +51,18 @@ def start_transfer(value: Any, box: Box) -> None:
 
 def parts(value: Any, box: Box) -> Parts:
     """A view of the tensor's memory on the host, or of a copy of its part there."""
-    if value.device.type == "meta":
-        raise StateError("a torch tensor on the meta device has no value to save")
     part = value.detach()[box.slices] if box.shape else value.detach()
     return [(box, _to_numpy(part.resolve_conj().resolve_neg().cpu()))]
 
 
 def wanted(name: str, like: Any) -> Wanted:
-    """The whole tensor."""
-    form = describe(name, like)
+    """The whole tensor; on the meta device it is an abstract target."""
+    form = _form(name, like)
     return Wanted(form.dtype, form.shape, form.boxes)
 
 
 def build(_kind: str, like: Any, pieces: Mapping[Box, Array]) -> Any:
-    """A new tensor with the dtype, device and gradient flag of ``like``."""
+    """A new tensor with the device and gradient flag of ``like``; on the host for the meta device."""
     array = sole(pieces)
     torch = sys.modules.get("torch")
     if torch is None:
@@ -73,7 +77,8 @@ def build(_kind: str, like: Any, pieces: Mapping[Box, Array]) -> Any:
         tensor = carrier.view(getattr(torch, name))
     if like is None:
         return tensor
-    return tensor.to(device=like.device).requires_grad_(like.requires_grad)
+    device = "cpu" if like.device.type == "meta" else like.device
+    return tensor.to(device=device).requires_grad_(like.requires_grad)
 
 
 def _dtype_name(value: Any) -> str:
