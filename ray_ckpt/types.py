@@ -155,7 +155,7 @@ class ShardReport:
 
     ``run`` holds its index entries, encoded and sorted (`bundle.encode_run`); ``chunks`` the
     little-endian uint32 crc32c of each `CHUNK_NBYTES` piece of every entry larger than one piece,
-    in byte order, so that a part of a large entry can be read and verified alone.
+    in byte order, so that a part of a large entry can be read and verified alone. ``began`` is the wall-clock time.
     """
 
     attempt: str
@@ -168,6 +168,7 @@ class ShardReport:
     chunks: bytes
     seconds_s: float
     host: str
+    began: float = 0.0
 
 
 CHUNK_NBYTES = 4 << 20

@@ -41,7 +41,7 @@ def write_shard(
             nothing is visible in the store then.
         StorageError: the segment cannot be opened, or the store failed.
     """
-    began = time.monotonic()
+    began, began_wall = time.monotonic(), time.time()
     expected = (generation, step, plan_id)
     with Segment.open(segment_path) as segment:
         fills = segment.fills
@@ -74,6 +74,7 @@ def write_shard(
         chunks=struct.pack(f"<{len(shard.chunks)}I", *shard.chunks),
         seconds_s=time.monotonic() - began,
         host=socket.gethostname(),
+        began=began_wall,
     )
 
 

@@ -138,7 +138,7 @@ class CoordinatorLogic:
         return frozenset({chosen.prefix} if chosen else ())
 
     def _check(self, save: SaveState) -> str | None:
-        return replica_mismatch(save.segments, self.planner.layouts)
+        return replica_mismatch(save.segments)
 
     def _on_end(self, save: SaveState) -> None:
         if save.stage == "committed":

@@ -161,7 +161,11 @@ class WorkerView:
 
 @dataclass(frozen=True, slots=True)
 class SegmentInfo:
-    """A sealed snapshot in a host's memory. ``digests``: crc32c of the replicas checked, by leaf index."""
+    """A sealed snapshot in a host's memory.
+
+    ``writers`` of the job's ``num_writers``, from ``writer_base`` on, write it. ``digests``: crc32c of the replicas
+    checked, by leaf name. ``due`` and ``sealed`` are wall-clock times, for people.
+    """
 
     rank: int
     generation: int
@@ -173,8 +177,10 @@ class SegmentInfo:
     writer_base: int
     num_writers: int
     fingerprint: str = ""
-    digests: tuple[tuple[int, int], ...] = ()
+    digests: tuple[tuple[str, int], ...] = ()
     name: str = ""
+    due: float = 0.0
+    sealed: float = 0.0
 
     @property
     def save(self) -> tuple[int, int]:
@@ -227,6 +233,11 @@ class WriteOrder:
     num_writers: int
     max_tries: int
     done: tuple[int, ...] = ()
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the coordinator that gave the order; it rises from attempt to attempt of one save."""
+        return int(self.attempt[1:].partition("-")[0])
 
     @property
     def num_shards(self) -> int:

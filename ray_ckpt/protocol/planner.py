@@ -9,6 +9,9 @@ from ray_ckpt.plan import make_plan
 from ray_ckpt.protocol.messages import SegmentInfo, WorkerReport
 from ray_ckpt.types import Layout, Plan
 
+_PLANS_KEPT = 4
+"""Saves under way may still need the plan before the present one."""
+
 
 class Planner:
     """Keeps the layouts that have arrived, and the present plan."""
@@ -18,6 +21,7 @@ class Planner:
         self.plan: Plan | None = None
         self.fingerprints: tuple[str, ...] = ()
         self.error: str | None = None
+        self._plans: dict[tuple[str, ...], Plan] = {}
 
     def reset(self) -> None:
         """A new generation starts with a new plan; layouts are kept, most likely they come again."""
@@ -44,11 +48,24 @@ class Planner:
             return
         self.fingerprints = wanted
         try:
-            self.plan = make_plan([self.layouts[f] for f in wanted])
+            self.plan = self._make(wanted)
             self.error = None
         except StateError as error:
             self.plan = None
             self.error = str(error)
+
+    def plan_of(self, segments: dict[int, SegmentInfo]) -> tuple[Plan, list[Layout]]:
+        """The plan that these snapshots, one of each rank, were taken by, and the layouts by rank."""
+        fingerprints = tuple(segments[rank].fingerprint for rank in range(len(segments)))
+        return self._make(fingerprints), [self.layouts[f] for f in fingerprints]
+
+    def _make(self, fingerprints: tuple[str, ...]) -> Plan:
+        plan = self._plans.get(fingerprints)
+        if plan is None:
+            plan = self._plans[fingerprints] = make_plan([self.layouts[f] for f in fingerprints])
+            for old in list(self._plans)[:-_PLANS_KEPT]:
+                del self._plans[old]
+        return plan
 
     @staticmethod
     def _all_there(reports: dict[int, WorkerReport], sealed: Callable[[int, int], bool]) -> bool:
@@ -62,23 +79,19 @@ class Planner:
         return all(r.waiting_step == step or r.step > step or sealed(rank, step) for rank, r in reports.items())
 
 
-def replica_mismatch(segments: dict[int, SegmentInfo], layouts: dict[str, Layout]) -> str | None:
+def replica_mismatch(segments: dict[int, SegmentInfo]) -> str | None:
     """What differs between arrays that several ranks hold under one name, None if nothing was seen to differ.
 
     A plain array of one name on several ranks is presumed to be a replica, and only one rank's is written.
     """
     seen: dict[str, tuple[int, int]] = {}
     for rank, segment in sorted(segments.items()):
-        layout = layouts.get(segment.fingerprint)
-        if layout is None:
-            continue
-        for leaf, digest in segment.digests:
-            name = layout.leaves[leaf].name
+        for name, digest in segment.digests:
             other_rank, other = seen.setdefault(name, (rank, digest))
             if other != digest:
                 return (
-                    f"'{name}' has different values on rank {other_rank} and rank {rank}, but an array of one name on "
-                    "several ranks is saved once: make them equal, give them different names, mark parts of one "
+                    f"'{name}' has different values on rank {other_rank} and rank {rank}, but an array of one name "
+                    "on several ranks is saved once: make them equal, give them different names, mark parts of one "
                     "array with ray_ckpt.Slice, or keep one for each worker with ray_ckpt.PerWorker"
                 )
     return None

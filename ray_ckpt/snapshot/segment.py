@@ -4,9 +4,9 @@ Layout, native byte order (the file never leaves its host):
 
     0       magic
     8       state, fill count, sizes: 64-bit words, see `_Word`
-    48      id of the boot of the machine that filled it, 16 bytes
-    64      digest of the table, 16 bytes
-    80      JSON of the save id
+    56      id of the boot of the machine that filled it, 16 bytes
+    72      digest of the table, 16 bytes
+    88      JSON of the save id
     4096    try counters of 1024 writers: (order of the attempt, tries so far), 64-bit words
     20480   data, exactly the bytes of the data shards, one after another
     then, from the next page on: the table of entries (JSON)
@@ -25,6 +25,7 @@ import hashlib
 import mmap
 import os
 import threading
+import time
 from collections.abc import Iterator
 from enum import IntEnum
 from pathlib import Path
@@ -41,9 +42,9 @@ _MAGIC = b"RAYCKPT1"
 _PAGE = 4096
 _TRIES_AT = 4096
 HEADER_NBYTES = _TRIES_AT + 16 * MAX_WRITERS
-_BOOT = slice(48, 64)
-_DIGEST = slice(64, 80)
-_SAVE_AT = 80
+_BOOT = slice(56, 72)
+_DIGEST = slice(72, 88)
+_SAVE_AT = 88
 _MADV_POPULATE_WRITE = 23
 _POPULATE_NBYTES = 8 << 20
 """Small, as madvise holds the interpreter lock while it runs."""
@@ -65,6 +66,7 @@ class _Word(IntEnum):
     FILLS = 3
     TABLE_NBYTES = 4
     SAVE_NBYTES = 5
+    SEALED_AT_US = 6
 
 
 class Segment:
@@ -176,6 +178,11 @@ class Segment:
         return self._words[_Word.FILLS]
 
     @property
+    def sealed_at(self) -> float:
+        """Wall-clock time of the last seal, in seconds since the epoch."""
+        return self._words[_Word.SEALED_AT_US] / 1e6
+
+    @property
     def save(self) -> SaveId | None:
         """The save that fills or filled it; None while it is empty."""
         if self.state is SegmentState.EMPTY:
@@ -232,6 +239,7 @@ class Segment:
             _raise_full(self.path, len(table), err)
         self._words[_Word.TABLE_NBYTES] = len(table)
         self._map[_DIGEST] = _digest(table)
+        self._words[_Word.SEALED_AT_US] = time.time_ns() // 1000
         self._words[_Word.STATE] = SegmentState.SEALED
 
     def table(self) -> Table:

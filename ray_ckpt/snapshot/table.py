@@ -12,7 +12,11 @@ from ray_ckpt.types import Box, Layout, RankPlan, Shape
 
 @dataclass(frozen=True, slots=True)
 class SaveId:
-    """Whose bytes a segment holds. ``trigger`` says why the save was made ("steps", "request", ...)."""
+    """Whose bytes a segment holds, so that it explains itself when the process that filled it is gone.
+
+    ``trigger`` says why the save was made. ``writers`` of the job's ``num_writers``, from ``writer_base`` on,
+    write it; ``fingerprint`` names the layout; ``due`` is the wall-clock time at which the save fell due.
+    """
 
     run: str
     generation: int
@@ -21,6 +25,11 @@ class SaveId:
     world_size: int
     plan_id: str
     trigger: str
+    fingerprint: str = ""
+    writers: int = 0
+    writer_base: int = 0
+    num_writers: int = 0
+    due: float = 0.0
 
 
 class Entry(NamedTuple):
