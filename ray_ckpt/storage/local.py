@@ -128,9 +128,7 @@ class _FileWriter(ObjectWriter):
     def __init__(self, target: str) -> None:
         self.temporary = os.path.join(os.path.dirname(target), TEMPORARY + uuid.uuid4().hex)
         self._target = target
-        self._fd: int | None = os.open(
-            self.temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666
-        )
+        self._fd: int | None = os.open(self.temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
 
     def write(self, data: memoryview | bytes | bytearray) -> None:
         assert self._fd is not None

@@ -65,10 +65,7 @@ class RemoteBackend(Backend):
         root = self.root.lstrip("/")
         top = f"{root}/{prefix}" if prefix else root
         # Some file systems give their paths a leading slash, whatever they were asked with.
-        found = (
-            (name.lstrip("/"), info)
-            for name, info in fs.find(self.root + top[len(root) :], detail=True).items()
-        )
+        found = ((name.lstrip("/"), info) for name, info in fs.find(self.root + top[len(root) :], detail=True).items())
         return [
             ObjectInfo(name[len(root) + 1 :], int(info["size"]), modified(info))
             for name, info in found

@@ -48,9 +48,7 @@ def is_transient(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in _ERRNOS
 
 
-def retrying(
-    call: Callable[[], T], what: str, attempts: int, sleep: Callable[[float], None] = time.sleep
-) -> T:
+def retrying(call: Callable[[], T], what: str, attempts: int, sleep: Callable[[float], None] = time.sleep) -> T:
     """The call's result, tried up to ``attempts`` times with growing, jittered waits between.
 
     Raises the last error as it came.

@@ -174,9 +174,7 @@ class BackedStore(Store):
 class _TranslatingWriter(ObjectWriter):
     """Gives the errors of a backend's writer in our terms, and ends it exactly once."""
 
-    def __init__(
-        self, inner: ObjectWriter, operation: str, fail: Callable[[Exception, str], NoReturn]
-    ) -> None:
+    def __init__(self, inner: ObjectWriter, operation: str, fail: Callable[[Exception, str], NoReturn]) -> None:
         self._inner = inner
         self._operation = operation
         self._fail = fail

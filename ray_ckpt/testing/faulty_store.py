@@ -191,9 +191,7 @@ class _FaultyWriter(ObjectWriter):
 
     def write(self, data: BytesLike) -> None:
         half = data[: len(data) // 2]
-        self._backend.run(
-            "write", self._path, lambda: self._inner.write(data), lambda: self._inner.write(half)
-        )
+        self._backend.run("write", self._path, lambda: self._inner.write(data), lambda: self._inner.write(half))
 
     def commit(self) -> None:
         self._backend.run("commit", self._path, self._inner.commit, self._inner.commit)

@@ -77,9 +77,7 @@ def s3_server() -> Iterator[Server]:
 
 
 @contextmanager
-def _running(
-    command: Callable[[int], list[str]], ready_path: str
-) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+def _running(command: Callable[[int], list[str]], ready_path: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     endpoint, process = _started(command, ready_path)
     try:
         yield endpoint, process

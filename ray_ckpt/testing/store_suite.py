@@ -269,6 +269,18 @@ class StoreSuite:
             assert faulty.replace_if(f"mine-{times}", b"new", version)
             assert store.read(f"mine-{times}") == b"new"
 
+    @pytest.mark.parametrize("name", ["put_if_absent", "replace_if"])
+    def test_a_lost_reply_and_then_silence_is_read_back(self, store: Store, name: str) -> None:
+        """The write happened, but no attempt ever got an answer: only the object itself can tell."""
+        faulty = FaultyStore(store, [Fault(name, "after"), Fault(name, "before", first=2, times=ALWAYS)])
+        version = None
+        if name == "replace_if":
+            store.put("x", b"old")
+            _, version = _versioned(store, "x")
+        assert faulty.replace_if("x", b"mine", version)
+        assert store.read("x") == b"mine"
+        assert len([call for call in faulty.calls if call == (name, "x")]) == faulty.faults.attempts
+
     @pytest.mark.parametrize("times", [1, ALWAYS])
     def test_another_writer_wins_behind_a_lost_request(self, store: Store, times: int) -> None:
         other = self.reopen(store)

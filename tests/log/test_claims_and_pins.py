@@ -48,9 +48,7 @@ def test_a_claim_that_vanishes_while_it_is_met(store: Store) -> None:
 def test_a_claim_that_vanishes_while_it_is_listed(store: Store) -> None:
     put_claim(store, claim("a"))
     put_claim(store, claim("b"))
-    faulty = FaultyStore(
-        store, [Fault("list", "call"), Fault("read", "call", hook=lambda: delete_claim(store, "a"))]
-    )
+    faulty = FaultyStore(store, [Fault("list", "call"), Fault("read", "call", hook=lambda: delete_claim(store, "a"))])
     assert list_claims(faulty) == [claim("b")]
 
 

@@ -27,9 +27,7 @@ FULL = dataclasses.replace(
 )
 
 
-@pytest.mark.parametrize(
-    "wanted", [record(1), FULL, dataclasses.replace(FULL, generation=Generation(1, 2, 9))]
-)
+@pytest.mark.parametrize("wanted", [record(1), FULL, dataclasses.replace(FULL, generation=Generation(1, 2, 9))])
 def test_a_record_comes_back(wanted: LogRecord) -> None:
     assert decode_record(encode_record(wanted), "here") == wanted
 
@@ -82,9 +80,7 @@ def test_junk_is_damage(raw: bytes) -> None:
 def test_a_prefix_may_not_leave_the_directory(prefix: str) -> None:
     away = dataclasses.replace(checkpoint(1), prefix=prefix)
     for bad in (record(1, away), dataclasses.replace(record(1), dying=(Dying(away, 1.0),))):
-        with pytest.raises(
-            DamagedError, match=r"here names the checkpoint .*inside the checkpoint directory"
-        ):
+        with pytest.raises(DamagedError, match=r"here names the checkpoint .*inside the checkpoint directory"):
             decode_record(encode_record(bad), "here")
 
 

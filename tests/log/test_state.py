@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,23 @@ def test_a_slow_repair_never_goes_back(store: Store) -> None:
     ]
     repair_state_file(FaultyStore(store, plan))
     assert seen == ["model.ckpt-1", "model.ckpt-3"]
+    assert newest(store) == "model.ckpt-3"
+
+
+@pytest.mark.parametrize("operation", ["read_versioned", "list", "read", "replace_if"])
+def test_not_even_for_a_moment(store: Store, operation: str) -> None:
+    """Wherever the log moves on under a repair, what the repair then writes is not older than the file."""
+    fill(store, 1, 1)
+    repair_state_file(store)
+    fill(store, 2, 2)
+
+    def others() -> None:
+        fill(store, 3, 3)
+        repair_state_file(store)
+
+    plan = [Fault(operation, "call", hook=others), Fault("replace_if", "crash_after", times=ALWAYS)]
+    with suppress(Crash):
+        repair_state_file(FaultyStore(store, plan))
     assert newest(store) == "model.ckpt-3"
 
 
