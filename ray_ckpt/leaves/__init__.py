@@ -84,12 +84,13 @@ def start_transfers(reads: Iterable[tuple[Any, Box]]) -> None:
 
 def parts(value: Any, box: Box) -> Parts:
     """Host arrays that together fill ``box`` of the global array, views of the value where possible."""
-    if type(value) is not Slice and type(value) is not PerWorker:
+    if isinstance(value, PerWorker):
+        return parts(value.value, box)
+    if not isinstance(value, Slice):
         return _kind_of("", value).parts(value, box)
     bare, inside = _bare(value, box)
-    back = value.offset if isinstance(value, Slice) else (0,) * len(box.shape)
     return [
-        (Box(tuple(o + d for o, d in zip(part.offset, back, strict=True)), part.shape), array)
+        (Box(tuple(o + d for o, d in zip(part.offset, value.offset, strict=True)), part.shape), array)
         for part, array in _kind_of("", bare).parts(bare, inside)
     ]
 

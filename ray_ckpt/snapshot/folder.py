@@ -14,6 +14,8 @@ from ray_ckpt.errors import StorageError
 from ray_ckpt.snapshot.segment import Segment, SegmentState
 from ray_ckpt.snapshot.table import SaveId
 
+_BASE = Path("/dev/shm")
+
 
 @dataclass(frozen=True, slots=True)
 class SegmentInfo:
@@ -36,7 +38,7 @@ def default_folder(run_id: str) -> Path:
     Raises:
         StorageError: somebody else has put something in its place.
     """
-    base = Path(f"/dev/shm/ray_ckpt-{os.getuid()}")
+    base = _BASE / f"ray_ckpt-{os.getuid()}"
     folder = base / run_id
     for part in (base, folder):
         part.mkdir(mode=0o700, exist_ok=True)
@@ -68,9 +70,7 @@ def scan(folder: str | Path) -> list[SegmentInfo]:
             used = in_use(path)
             with Segment.open(path) as segment:
                 modified = path.stat().st_mtime
-                found.append(
-                    SegmentInfo(path, segment.state, segment.save, segment.data_nbytes, used, modified)
-                )
+                found.append(SegmentInfo(path, segment.state, segment.save, segment.data_nbytes, used, modified))
     return found
 
 

@@ -24,6 +24,7 @@ import fcntl
 import hashlib
 import mmap
 import os
+import stat
 import threading
 import time
 from collections.abc import Iterator
@@ -138,7 +139,7 @@ class Segment:
             found = os.fstat(fd)
             if found.st_uid != os.getuid() or not found.st_nlink:
                 raise StorageError(f"{path}: the segment belongs to another user or has just been removed")
-            if os.pread(fd, len(_MAGIC), 0) != _MAGIC:
+            if not stat.S_ISREG(found.st_mode) or os.pread(fd, len(_MAGIC), 0) != _MAGIC:
                 raise StorageError(f"{path} is not a segment of this version; remove it if nobody uses it")
             return cls(path, fd, writable=writable)
         except BaseException:
@@ -328,9 +329,7 @@ def _boot_id() -> bytes:
     global _boot
     if _boot is None:
         try:
-            _boot = bytes.fromhex(
-                Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", "")
-            )
+            _boot = bytes.fromhex(Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", ""))
         except (OSError, ValueError):
             _boot = bytes(16)
     return _boot

@@ -88,9 +88,7 @@ def encode_table(
     key = (plan.plan_id, plan.rank)
     fixed = _fixed_entries.get(key)
     if fixed is None:
-        rows = [
-            _row(layout, i, plan, c.start, c.nbytes, None) for i, c in enumerate(plan.copies) if c.start >= 0
-        ]
+        rows = [_row(layout, i, plan, c.start, c.nbytes, None) for i, c in enumerate(plan.copies) if c.start >= 0]
         _fixed_entries.clear()
         fixed = _fixed_entries[key] = _dumps(rows)[1:-1]
     first = len(plan.copies) - len(strings)

@@ -70,9 +70,7 @@ def take_snapshot(
         SegmentTooSmallError: the data does not fit.
     """
     if (save.plan_id, save.rank, len(layout.leaves)) != (plan.plan_id, plan.rank, len(values)):
-        raise SaveError(
-            f"step {save.step}: the plan is not that of this state and rank {save.rank}; plan again"
-        )
+        raise SaveError(f"step {save.step}: the plan is not that of this state and rank {save.rank}; plan again")
     start_transfers((values[copy.leaf], copy.box) for copy in plan.copies if copy.start >= 0)
     strings = _encode_strings(plan, layout, values)
     needed = plan.fixed_nbytes + sum(len(blob) for blob, _ in strings)
@@ -88,9 +86,7 @@ def take_snapshot(
     return digests
 
 
-def _copy_fixed(
-    segment: Segment, plan: RankPlan, layout: Layout, values: Sequence[Any], threads: int
-) -> None:
+def _copy_fixed(segment: Segment, plan: RankPlan, layout: Layout, values: Sequence[Any], threads: int) -> None:
     """Copy all leaves of a fixed size: small ones here and now, the chunks of large ones by all threads."""
     data, leaves = segment.data, layout.leaves
     large: list[_Move] = []
@@ -100,7 +96,7 @@ def _copy_fixed(
         box = copy.box
         target: _Array = np.ndarray(box.shape, dtype_of(leaves[copy.leaf].dtype), data, copy.start)
         for part, source in parts(values[copy.leaf], box):
-            into = target if part is box else target[part.relative_to(box).slices]
+            into = target if part is box or part == box else target[part.relative_to(box).slices]
             if source.nbytes < _LARGE_NBYTES:
                 np.copyto(into, source, "equiv")
             else:
@@ -145,9 +141,7 @@ def _encode_strings(plan: RankPlan, layout: Layout, values: Sequence[Any]) -> li
     ]
 
 
-def _append_strings(
-    segment: Segment, start: int, strings: Sequence[tuple[bytes, int]]
-) -> list[tuple[int, int, int]]:
+def _append_strings(segment: Segment, start: int, strings: Sequence[tuple[bytes, int]]) -> list[tuple[int, int, int]]:
     places = []
     for blob, crc in strings:
         segment.data[start : start + len(blob)] = blob
