@@ -34,7 +34,7 @@ Array = np.ndarray[Any, Any]
 class Shards:
     """The bytes of the data shards while they grow, and the entries and chunk checksums for them."""
 
-    count: int
+    chunk_nbytes: int
     data: dict[int, bytearray] = field(default_factory=dict)
     chunks: dict[int, bytearray] = field(default_factory=dict)
     items: list[tuple[bytes, bytes]] = field(default_factory=list)
@@ -52,9 +52,9 @@ class Shards:
         value = encode_piece(dtype, box.shape, shard, len(data), len(raw), crc)
         self.items.append((piece_key(name, box, array.shape), value))
         data += raw
-        if len(raw) > CHUNK_NBYTES:
-            for at in range(0, len(raw), CHUNK_NBYTES):
-                crc = google_crc32c.value(bytes(raw[at : at + CHUNK_NBYTES]))
+        if len(raw) > self.chunk_nbytes:
+            for at in range(0, len(raw), self.chunk_nbytes):
+                crc = google_crc32c.value(bytes(raw[at : at + self.chunk_nbytes]))
                 self.chunks.setdefault(shard, bytearray()).extend(crc.to_bytes(4, "little"))
 
 
@@ -67,13 +67,14 @@ def make_checkpoint(
     num_shards: int = 4,
     metadata: Metadata | None = None,
     chunks: bool = True,
+    chunk_nbytes: int = CHUNK_NBYTES,
 ) -> None:
     """Write a checkpoint: pieces go round the first shards, metadata (if any) to the last.
 
     ``cuts``: the boxes of the tensors that are stored in slices. ``chunks``: whether the metadata has the
     checksums of chunks.
     """
-    shards = Shards(num_shards)
+    shards = Shards(chunk_nbytes)
     number = 0
     for name, array in arrays.items():
         boxes = list((cuts or {}).get(name, (Box.whole(array.shape),)))
@@ -129,3 +130,25 @@ def flip(store: Store, path: str, at: int) -> None:
 def truncate(store: Store, path: str, nbytes: int) -> None:
     """Cut an object short."""
     store.put(path, store.read(path)[:nbytes])
+
+
+def same_bits(found: Array, expected: Array) -> bool:
+    """Equal dtype, shape and bytes: NaNs and signed zeros count."""
+    if found.dtype != expected.dtype or found.shape != expected.shape:
+        return False
+    if found.dtype == object:
+        return bool(found.tolist() == expected.tolist())
+    return np.ascontiguousarray(found).tobytes() == np.ascontiguousarray(expected).tobytes()
+
+
+def random_bits(dtype: np.dtype[Any], shape: tuple[int, ...], seed: int) -> Array:
+    """An array of random bytes, NaNs of all kinds among them; valid values where a type has invalid bytes."""
+    rng = np.random.default_rng(seed)
+    count = int(np.prod(shape))
+    if dtype == object:
+        strings = np.empty(count, object)
+        strings[:] = [rng.bytes(int(n)) for n in rng.integers(0, 20, count)]
+        return strings.reshape(shape)
+    if dtype == bool:
+        return rng.integers(0, 2, shape).astype(bool)
+    return np.frombuffer(rng.bytes(count * dtype.itemsize), dtype).reshape(shape).copy()
