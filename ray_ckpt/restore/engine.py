@@ -68,9 +68,7 @@ def run_jobs(
         if job.piece.nbytes:
             sound.append(job)
         elif job.piece.crc:
-            on_damage(
-                job, _named(stored, job, DamagedError(f"no bytes, but a crc32c of {job.piece.crc:08x}"))
-            )
+            on_damage(job, _named(stored, job, DamagedError(f"no bytes, but a crc32c of {job.piece.crc:08x}")))
     share = budget_nbytes // (2 * threads) // CHUNK_NBYTES * CHUNK_NBYTES
     reads = plan_reads(stored, sound, max(CHUNK_NBYTES, min(READ_NBYTES, share)))
     total = sum(read.nbytes for read in reads)

@@ -122,8 +122,7 @@ def _check_wanted(stored: StoredCheckpoint, tensor: StoredTensor, box: Box, out:
         )
     whole = Box.whole(tensor.shape)
     inside = len(box.offset) == len(tensor.shape) and (
-        box == whole
-        or all(o >= 0 and o + n <= d for o, n, d in zip(box.offset, box.shape, tensor.shape, strict=True))
+        box == whole or all(o >= 0 and o + n <= d for o, n, d in zip(box.offset, box.shape, tensor.shape, strict=True))
     )
     if not inside:
         raise MismatchError(

@@ -201,9 +201,7 @@ def _packs(jobs: list[PieceJob], read_nbytes: int) -> Iterator[PackRead]:
     for job in jobs:
         piece = job.piece
         end = max(stop, piece.offset + piece.nbytes)
-        near = (
-            piece.shard_id == shard_id and piece.offset - stop <= _GAP_NBYTES and end - start <= read_nbytes
-        )
+        near = piece.shard_id == shard_id and piece.offset - stop <= _GAP_NBYTES and end - start <= read_nbytes
         if group and not near:
             yield PackRead(shard_id, start, stop, group)
             group = []

@@ -153,17 +153,17 @@ def _read_metadata(store: Store, prefix: str, index: Index) -> Metadata | None:
     where = f"{store.url}/{index_name(prefix)}: tensor {METADATA_KEY!r}"
     if tensor.dtype != STRING or tensor.shape != ():
         raise DamagedError(
-            f"{where} should be a scalar string, is {tensor.dtype} of shape {tensor.shape}; restore another"
-            " checkpoint"
+            f"{where} should be a scalar string, is {tensor.dtype} of shape {tensor.shape}; restore another checkpoint"
         )
     piece = tensor.pieces[0]
     path = shard_name(prefix, piece.shard_id, index.num_shards)
     if piece.offset + piece.nbytes > store.size(path):
         raise DamagedError(f"{where} ends beyond the end of {path!r}; restore another checkpoint")
     raw = store.read_range(path, piece.offset, piece.nbytes)
-    found = content_crc(STRING, 1, raw)
-    if found != piece.crc:
-        raise DamagedError(
-            f"{where} in {path!r}: crc32c {found:08x}, should be {piece.crc:08x}; restore another checkpoint"
-        )
+    try:
+        found = content_crc(STRING, 1, raw)
+        if found != piece.crc:
+            raise DamagedError(f"crc32c {found:08x}, should be {piece.crc:08x}")
+    except DamagedError as error:
+        raise DamagedError(f"{where} in {path!r}: {error}; restore another checkpoint") from None
     return decode(decode_strings(raw, 1)[0], f"{store.url}/{prefix}")

@@ -6,7 +6,7 @@ import uuid
 
 import pytest
 
-from ray_ckpt.restore import engine, reads, stored
+from ray_ckpt.restore import check, engine, reads, stored
 from ray_ckpt.storage import Store, open_store
 
 SMALL_CHUNK_NBYTES = 64
@@ -20,7 +20,7 @@ def store() -> Store:
 @pytest.fixture
 def small_units(monkeypatch: pytest.MonkeyPatch) -> int:
     """Chunks of 64 bytes, reads of 128, and only the smallest pieces packed; gives the size of a chunk."""
-    for module in (engine, reads, stored):
+    for module in (check, engine, reads, stored):
         monkeypatch.setattr(module, "CHUNK_NBYTES", SMALL_CHUNK_NBYTES)
     monkeypatch.setattr(engine, "READ_NBYTES", 2 * SMALL_CHUNK_NBYTES)
     monkeypatch.setattr(reads, "_PACKED_NBYTES", 32)

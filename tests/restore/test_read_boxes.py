@@ -59,9 +59,7 @@ def test_large_pieces_are_read_in_parts(store: Store, small_units: int, data: st
     parts = tuple(data.draw(st.integers(1, min(3, n))) for n in shape)
     array = random_bits(np.dtype(np.uint16), shape, data.draw(st.integers(0, 9)))
     metadata = data.draw(st.sampled_from([some_metadata(), None]))
-    make_checkpoint(
-        store, "c", {"w": array}, {"w": grid(shape, parts)}, metadata=metadata, chunk_nbytes=small_units
-    )
+    make_checkpoint(store, "c", {"w": array}, {"w": grid(shape, parts)}, metadata=metadata, chunk_nbytes=small_units)
     boxes = []
     for _ in range(data.draw(st.integers(1, 3))):
         offset = tuple(data.draw(st.integers(0, n - 1)) for n in shape)
@@ -87,9 +85,7 @@ def test_only_the_chunks_that_hold_the_part_are_read(store: Store, small_units: 
     assert seen.nbytes == 2 * small_units
 
 
-def test_without_chunk_checksums_the_whole_piece_is_read_to_verify_a_part(
-    store: Store, small_units: int
-) -> None:
+def test_without_chunk_checksums_the_whole_piece_is_read_to_verify_a_part(store: Store, small_units: int) -> None:
     array = np.arange(1000, dtype=np.uint8)
     make_checkpoint(store, "c", {"w": array})
     stored = open_checkpoint(store, "c")
