@@ -27,6 +27,9 @@ from ray_ckpt.protocol.roster import Roster
 from ray_ckpt.protocol.saves import Saves, SaveState
 from ray_ckpt.types import LogRecord
 
+_FORGET_S = 300.0
+"""A host that was silent for so long does not keep its run's coordinator alive."""
+
 
 class CoordinatorLogic:
     """One epoch of the global save coordinator. Not thread safe."""
@@ -112,7 +115,7 @@ class CoordinatorLogic:
             reports = self.generations.reports()
             self.planner.update(generation.world_size, reports, self._is_sealed)
             if self.planner.error:
-                self.cut.want_stop("the state cannot be saved", self.planner.error)
+                self.cut.want_stop("the state cannot be saved", self.planner.error.text)
             self.cut.update(config, generation.number, generation.world_size, reports)
         self.keeper.update(config, self._protected())
         self.flows.poll()
@@ -290,8 +293,12 @@ class CoordinatorLogic:
         """No worker that goes on, no save, no deletion: the coordinator may end."""
         if not self.ledger.active:
             return self.ledger.phase == "fenced"
+        forgotten = self.ledger.now - _FORGET_S
         going_on = any(
-            not w.finished and w.worker not in self.generations.refused and not self.roster.dead(w.worker)
+            not w.finished
+            and w.worker not in self.generations.refused
+            and not self.roster.dead(w.worker)
+            and not self.roster.silent(w.worker, forgotten)
             for _, w in self.roster.workers()
         )
         return not going_on and not self.saves.active and self.keeper.idle and self.flows.idle

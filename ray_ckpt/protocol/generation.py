@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from ray_ckpt.protocol.flows import Flow, Flows, Until
 from ray_ckpt.protocol.ledger import Ledger
-from ray_ckpt.protocol.messages import JobConfig, RestoreDecision, RestoreWish, WorkerReport
+from ray_ckpt.protocol.messages import JobConfig, Problem, RestoreDecision, RestoreWish, WorkerReport
 from ray_ckpt.protocol.roster import Roster
 from ray_ckpt.protocol.saves import Saves
 from ray_ckpt.types import Checkpoint, Generation, LogRecord
@@ -42,7 +42,7 @@ class Generations:
         self.config: JobConfig | None = None
         self.started = False
         self.refused: dict[str, str] = {}
-        self.errors: dict[str, str] = {}
+        self.errors: dict[str, Problem] = {}
         self.note = ""
         self._known: set[str] = set()
         self._bad: set[str] = set()
@@ -101,7 +101,7 @@ class Generations:
         self._known.add(report.worker)
         if forming is not None and forming.failed:
             for rank, worker in forming.members.items():
-                self._refuse(worker, f"rank {rank} joined a start of the job that failed: {self.errors.get(worker)}")
+                self._refuse(worker, f"rank {rank} joined a start of the job that failed: {self.errors[worker].text}")
             forming = None
         if forming is None:
             forming = self.forming = Forming(report.config)
@@ -156,7 +156,7 @@ class Generations:
             wishes.add(report.restore)
         if len(wishes) > 1:
             named = "; ".join(sorted(_wish_text(w) for w in wishes))
-            self._fail(forming, f"the ranks ask for different restores: {named}")
+            self._fail(forming, Problem("UsageError", f"the ranks ask for different restores: {named}"))
             return False
         return True
 
@@ -195,7 +195,7 @@ class Generations:
             lambda record: self._sealed(record, forming, members),
         )
 
-    def _fail(self, forming: Forming, problem: str) -> None:
+    def _fail(self, forming: Forming, problem: Problem) -> None:
         forming.failed = True
         for worker in forming.members.values():
             self.errors[worker] = problem
@@ -206,16 +206,17 @@ class Generations:
         assert report.restore is not None
         return report.restore
 
-    def _problem(self, wish: RestoreWish, config: JobConfig) -> str | None:
+    def _problem(self, wish: RestoreWish, config: JobConfig) -> Problem | None:
         live = self._ledger.head.live
         usable = [c for c in live if not c.superseded]
         if wish.kind == "step" and all(c.step != wish.step for c in live):
             steps = ", ".join(str(c.step) for c in live) or "none at all"
-            return f"step {wish.step} is not among the checkpoints: {steps}"
+            return Problem("NoCheckpointError", f"step {wish.step} is not among the checkpoints: {steps}")
         if wish.kind == "none" and usable and not config.fresh:
-            return (
+            return Problem(
+                "UsageError",
                 f"the directory holds checkpoints up to step {usable[-1].step}, but the job trains without a "
-                "restore(): call restore() first, or pass fresh=True to let the new run replace them"
+                "restore(): call restore() first, or pass fresh=True to let the new run replace them",
             )
         return None
 
@@ -298,7 +299,7 @@ class Generations:
         if chosen is None:
             text = f"{where} cannot be read (rank {rank}: {what}) and there is no older checkpoint to take instead"
             for worker in self.members.values():
-                self.errors[worker] = text
+                self.errors[worker] = Problem("DamagedError", text)
             return
         self.note = f"{where} is damaged (rank {rank}: {what}): taking step {chosen.step} instead"
         self._falling_back = True

@@ -186,13 +186,12 @@ class HostLogic:
         return self.view.epoch, self.view.version, replace(view, fingerprint=held)
 
     @property
-    def idle(self) -> bool:
-        """No living worker, nothing to write: the agent may end."""
-        living = set(self.workers) - self._dead
-        return not living and not self._writing and not self._segments
+    def fingerprint(self) -> tuple[frozenset[str], frozenset[tuple[str, int, int]]]:
+        """Changes exactly when a death or a snapshot is noticed that no report has told of."""
+        return frozenset(self._dead), frozenset((s.name, *s.save) for s in self._segments.values())
 
-    def drop_workers(self, workers: Iterable[str]) -> None:
-        """Forget processes that have left for good."""
-        for worker in workers:
-            self.workers.pop(worker, None)
-            self._dead.discard(worker)
+    @property
+    def idle(self) -> bool:
+        """No worker goes on, nothing is left to write: the agent may end."""
+        going_on = any(not report.finished and worker not in self._dead for worker, report in self.workers.items())
+        return not going_on and not self._writing and not self._segments

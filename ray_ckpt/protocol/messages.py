@@ -120,6 +120,14 @@ class SaveOutcome:
 
 
 @dataclass(frozen=True, slots=True)
+class Problem:
+    """Why the job cannot go on as it is; ``kind`` is the class of `ray_ckpt.errors` that each worker raises."""
+
+    kind: Literal["UsageError", "StateError", "NoCheckpointError", "DamagedError"]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class RestoreDecision:
     """The one checkpoint that all ranks of a generation read (None: there is none to read)."""
 
@@ -147,7 +155,7 @@ class WorkerView:
     roll_call: int = -1
     generation: int | None = None
     refused: str | None = None
-    error: str | None = None
+    error: Problem | None = None
     restore: RestoreDecision | None = None
     restore_done: bool = False
     fingerprint: str | None = None

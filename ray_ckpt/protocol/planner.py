@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from ray_ckpt.errors import StateError
 from ray_ckpt.plan import make_plan
-from ray_ckpt.protocol.messages import SegmentInfo, WorkerReport
+from ray_ckpt.protocol.messages import Problem, SegmentInfo, WorkerReport
 from ray_ckpt.types import Layout, Plan
 
 _PLANS_KEPT = 4
@@ -20,7 +20,7 @@ class Planner:
         self.layouts: dict[str, Layout] = {}
         self.plan: Plan | None = None
         self.fingerprints: tuple[str, ...] = ()
-        self.error: str | None = None
+        self.error: Problem | None = None
         self._plans: dict[tuple[str, ...], Plan] = {}
 
     def reset(self) -> None:
@@ -52,7 +52,7 @@ class Planner:
             self.error = None
         except StateError as error:
             self.plan = None
-            self.error = str(error)
+            self.error = Problem("StateError", str(error))
 
     def plan_of(self, segments: dict[int, SegmentInfo]) -> tuple[Plan, list[Layout]]:
         """The plan that these snapshots, one of each rank, were taken by, and the layouts by rank."""

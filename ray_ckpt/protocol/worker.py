@@ -13,6 +13,7 @@ from ray_ckpt.errors import UsageError
 from ray_ckpt.policy import crosses
 from ray_ckpt.protocol.messages import (
     JobConfig,
+    Problem,
     Proposal,
     RestoreDecision,
     RestoreResult,
@@ -50,7 +51,7 @@ class WorkerLogic:
         self.config = config
         self.generation: int | None = None
         self.refused: str | None = None
-        self.error: str | None = None
+        self.error: Problem | None = None
         self.late = ""
         self.restore: RestoreDecision | None = None
         self.restore_done = False

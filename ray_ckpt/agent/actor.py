@@ -1,0 +1,222 @@
+"""The agent of one host as a Ray actor: owns the snapshot memory, has it written, speaks for its workers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from ray_ckpt.agent.liveness import ProcessId
+from ray_ckpt.agent.memory import HostMemory
+from ray_ckpt.agent.pool import WriterPool
+from ray_ckpt.coordinator import find_or_start, run_id
+from ray_ckpt.errors import SaveError, StorageError
+from ray_ckpt.protocol.host import Free, HostLogic, StartWrite
+from ray_ckpt.protocol.messages import HostView, WorkerReport, WorkerView
+from ray_ckpt.storage import open_store
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 1.0
+_LOOK_S = 0.2
+_DEBOUNCE_S = 0.005
+
+WorkerAnswer = tuple[int, int, WorkerView]
+"""(epoch, version, view) of the coordinator for one worker."""
+
+
+class Agent:
+    """Runs `HostLogic`. Ray restarts it after a crash; segments, try counters and layouts lie in tmpfs."""
+
+    def __init__(
+        self,
+        url: str,
+        storage_options: Mapping[str, Any],
+        *,
+        node_id: str,
+        single_coordinator: bool,
+        max_writes: int,
+        memory_folder: str | None,
+        lease_s: float,
+    ) -> None:
+        logging.basicConfig(level=logging.INFO)
+        self._url = url
+        self._options = dict(storage_options)
+        self._single_coordinator = single_coordinator
+        self._node_id = node_id
+        self._folder = memory_folder
+        self._lease_s = lease_s
+        incarnation = f"{time.time_ns():020d}"
+        self._logic = HostLogic(node_id, incarnation, name=socket.gethostname(), max_writes=max_writes)
+        self._processes: dict[str, ProcessId] = {}
+        self._coordinator: Any = None
+        self._memory: HostMemory | None = None
+        self._pool: WriterPool | None = None
+        self._news = asyncio.Event()
+        self._changed = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._busy_at = time.monotonic()
+
+    # -- called by the workers of this host ------------------------------------------------------------------
+
+    async def sync(self, report: WorkerReport, pid: int, seen: tuple[int, int], wait_s: float) -> WorkerAnswer | None:
+        """Take a worker's report in; answer with what concerns it once newer than ``seen``, or in ``wait_s``."""
+        self._start()
+        if report.worker not in self._processes:
+            self._processes[report.worker] = ProcessId.of(pid)
+        if report.layout is not None:
+            self._memory_now.keep_layout(report.layout)
+        self._logic.on_worker(report)
+        self._look()
+        deadline = time.monotonic() + wait_s
+        while True:
+            answer = self._logic.worker_view(report.worker)
+            if answer is not None and answer[:2] > seen:
+                return answer
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return None
+            try:
+                await asyncio.wait_for(self._changed.wait(), left)
+            except asyncio.TimeoutError:
+                return None
+
+    async def prepare(self, rank: int, nbytes: int, slots: int) -> list[str]:
+        """Make and warm a rank's snapshot memory; the files to map."""
+        self._start()
+        loop = asyncio.get_running_loop()
+        if self._pool is not None:
+            self._pool.warm_up(self._logic.max_writes)
+        return await loop.run_in_executor(None, self._memory_now.prepare, rank, nbytes, slots)
+
+    async def pid(self) -> int:
+        """The process that runs this actor."""
+        return os.getpid()
+
+    # -- the machine --------------------------------------------------------------------------------------------
+
+    @property
+    def _memory_now(self) -> HostMemory:
+        assert self._memory is not None, "the agent has not been started"
+        return self._memory
+
+    def _start(self) -> None:
+        if self._memory is not None:
+            return
+        self._memory = HostMemory.open(run_id(self._url), self._node_id, self._folder)
+        store = open_store(self._url, storage_options=self._options, single_coordinator=self._single_coordinator)
+        self._pool = WriterPool(self._node_id, store)
+        self._pool.warm_up(self._logic.max_writes)
+        self._logic.on_segments(self._memory.sealed(), self._memory.layouts())
+        self._spawn(self._poll())
+        self._spawn(self._push())
+        self._spawn(self._watch())
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _look(self) -> None:
+        """Look at the memory and act; always after the workers' reports have been taken in."""
+        self._logic.on_segments(self._memory_now.sealed())
+        self._act()
+        self._news.set()
+
+    def _act(self) -> None:
+        for action in self._logic.take():
+            if isinstance(action, Free):
+                self._memory_now.free(action.segment.name)
+                self._logic.on_freed(action.segment.name)
+            else:
+                self._spawn(self._write(action))
+
+    async def _write(self, start: StartWrite) -> None:
+        assert self._pool is not None
+        order, segment = start.order, start.segment
+        try:
+            attempt_try = self._memory_now.next_try(segment.name, start.local, order.epoch)
+            if attempt_try >= order.max_tries:
+                raise SaveError(f"none of {order.max_tries} tries was left")
+            report = await self._pool.write(
+                self._memory_now.path(segment.name),
+                generation=order.generation,
+                step=order.step,
+                plan_id=order.plan_id,
+                writer=start.local,
+                prefix=order.prefix,
+                shard_id=attempt_try * order.num_writers + start.writer,
+                num_shards=order.num_shards,
+                attempt=order.attempt,
+                attempt_try=attempt_try,
+            )
+        except SaveError as error:
+            self._logic.on_write_failed(start, str(error), final=True)
+        except StorageError as error:
+            final = attempt_try + 1 >= order.max_tries
+            left = "no try is left" if final else "trying again under another name"
+            logger.warning("shard of writer %d of step %d: %s; %s", start.writer, order.step, error, left)
+            self._logic.on_write_failed(start, str(error), final=final)
+        else:
+            self._logic.on_written(start, report)
+        self._look()
+
+    # -- the coordinator -------------------------------------------------------------------------------------------
+
+    async def _poll(self) -> None:
+        """Always have one question open, so that decisions arrive at once."""
+        while True:
+            await self._exchange(_POLL_S)
+
+    async def _push(self) -> None:
+        """Send news at once, several together where they come fast."""
+        while True:
+            await self._news.wait()
+            await asyncio.sleep(_DEBOUNCE_S)
+            self._news.clear()
+            await self._exchange(0.0)
+
+    async def _exchange(self, wait_s: float) -> None:
+        known = self._logic.view
+        seen = (known.epoch, known.version) if known else (0, -1)
+        try:
+            if self._coordinator is None:
+                self._coordinator = find_or_start(self._url, self._options, single_coordinator=self._single_coordinator)
+            view: HostView | None = await self._coordinator.exchange.remote(self._logic.report(), seen, wait_s)
+        except RayError as error:
+            # Ray is restarting it, or it is gone for good and the next look-up starts another.
+            logger.warning("the coordinator of %s does not answer: %s", self._url, error)
+            self._coordinator = None
+            await asyncio.sleep(_POLL_S)
+            return
+        if view is not None:
+            self._logic.on_view(view)
+            self._act()
+            self._changed.set()
+            self._changed = asyncio.Event()
+
+    async def _watch(self) -> None:
+        """Notice workers that died, segments that were sealed without a word, and the end of the run."""
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            for worker, process in self._processes.items():
+                if not process.alive:
+                    self._logic.on_worker_dead(worker)
+            before = self._logic.fingerprint
+            self._logic.on_segments(self._memory_now.sealed())
+            self._act()
+            if self._logic.fingerprint != before:
+                self._news.set()
+            if not self._logic.idle:
+                self._busy_at = time.monotonic()
+            elif time.monotonic() - self._busy_at > self._lease_s:
+                self._memory_now.remove()
+                ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
+                return

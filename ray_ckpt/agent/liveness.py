@@ -1,0 +1,36 @@
+"""Whether a training process on this host still runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessId:
+    """A process that cannot be mistaken for a later one with the same number."""
+
+    pid: int
+    started: str
+
+    @classmethod
+    def of(cls, pid: int) -> ProcessId:
+        """The process with this number now."""
+        return cls(pid, _stat(pid)[1])
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still runs; a zombie does not."""
+        state, started = _stat(self.pid)
+        return state not in ("", "Z", "X") and started == self.started
+
+
+def _stat(pid: int) -> tuple[str, str]:
+    """(state, start time) from ``/proc/<pid>/stat`` (proc(5), fields 3 and 22); empty if there is no such process."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return "", ""
+    # The command in field 2 may hold spaces and parentheses.
+    fields = text.rpartition(")")[2].split()
+    return fields[0], fields[19]

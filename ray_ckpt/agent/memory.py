@@ -1,0 +1,166 @@
+"""A host's snapshot memory: the segments of one run on this host, made and warmed in the background."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import threading
+from pathlib import Path
+
+from ray_ckpt.errors import DamagedError, SaveError, StorageError
+from ray_ckpt.protocol.messages import SegmentInfo, Trigger
+from ray_ckpt.snapshot import Segment, SegmentState, default_folder
+from ray_ckpt.snapshot.layouts import keep_layout, read_layouts
+from ray_ckpt.types import Layout
+
+logger = logging.getLogger(__name__)
+
+_SUFFIX = ".segment"
+_RESERVE = 0.05
+"""Share of the tmpfs that is left to others, who may be the training processes."""
+
+
+class HostMemory:
+    """All segments of one host. Thread safe."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._lock = threading.Lock()
+        self._segments: dict[str, Segment] = {}
+        self._digests: dict[tuple[str, int], tuple[tuple[str, int], ...]] = {}
+        for path in sorted(self.folder.glob("*" + _SUFFIX)):
+            # What an agent before this one has made.
+            with contextlib.suppress(StorageError):
+                self._segments[path.name] = Segment.open(path, writable=True)
+
+    @classmethod
+    def open(cls, run: str, host: str, folder: str | None) -> HostMemory:
+        """The memory of a run on one host, under ``folder`` or on the machine's tmpfs."""
+        name = f"{run}-{host[:12]}"
+        if folder is None:
+            return cls(default_folder(name))
+        own = Path(folder) / name
+        own.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return cls(own)
+
+    def prepare(self, rank: int, nbytes: int, slots: int) -> list[str]:
+        """Make up to ``slots`` segments that hold ``nbytes`` each for a rank, and populate them; their paths.
+
+        One is made at least; a second one only if it leaves the machine some memory.
+
+        Raises:
+            StorageError: not even one fits; the text has the remedy.
+        """
+        with self._lock:
+            fitting = self._fitting(rank, nbytes)
+            for slot in range(2 * slots):
+                if len(fitting) >= slots or (fitting and not self._has_room(nbytes, rank)):
+                    break
+                name = f"{rank:05d}-{slot}{_SUFFIX}"
+                if name not in self._segments:
+                    segment = Segment.create(self.folder / name, nbytes)
+                    self._segments[name] = segment
+                    fitting.append(segment)
+        for segment in fitting:
+            segment.populate()
+        return [str(segment.path) for segment in fitting[:slots]]
+
+    def _fitting(self, rank: int, nbytes: int) -> list[Segment]:
+        """A rank's segments of this size; empty ones that are too small are given up."""
+        found = []
+        for name, segment in list(self._segments.items()):
+            if not name.startswith(f"{rank:05d}-"):
+                continue
+            if segment.data_nbytes >= nbytes:
+                found.append(segment)
+            elif segment.state is SegmentState.EMPTY:
+                segment.close()
+                segment.path.unlink(missing_ok=True)
+                del self._segments[name]
+        return found
+
+    def _has_room(self, nbytes: int, rank: int) -> bool:
+        usage = shutil.disk_usage(self.folder)
+        enough = usage.free - nbytes > _RESERVE * usage.total
+        if not enough:
+            logger.warning(
+                "rank %d gets one snapshot of %d bytes, not two: %s has %d bytes left. A save that falls due while "
+                "another is written will wait; free memory, or give the container a larger /dev/shm",
+                rank, nbytes, self.folder, usage.free,
+            )  # fmt: skip
+        return enough
+
+    def sealed(self) -> list[SegmentInfo]:
+        """All sealed snapshots, as the protocol sees them."""
+        with self._lock:
+            return [info for name, s in self._segments.items() if (info := self._info(name, s)) is not None]
+
+    def _info(self, name: str, segment: Segment) -> SegmentInfo | None:
+        save = segment.save if segment.state is SegmentState.SEALED else None
+        if save is None:
+            return None
+        return SegmentInfo(
+            rank=save.rank,
+            generation=save.generation,
+            step=save.step,
+            world_size=save.world_size,
+            plan_id=save.plan_id,
+            trigger=_trigger(save.trigger),
+            writers=save.writers,
+            writer_base=save.writer_base,
+            num_writers=save.num_writers,
+            fingerprint=save.fingerprint,
+            digests=self._digests_of(name, segment),
+            name=name,
+            due=save.due,
+            sealed=segment.sealed_at,
+        )
+
+    def _digests_of(self, name: str, segment: Segment) -> tuple[tuple[str, int], ...]:
+        key = (name, segment.fills)
+        if key not in self._digests:
+            self._digests = {k: v for k, v in self._digests.items() if k[0] != name}
+            try:
+                self._digests[key] = tuple(sorted(segment.table().digests.items()))
+            except (SaveError, DamagedError) as error:
+                logger.warning("%s", error)
+                self._digests[key] = ()
+        return self._digests[key]
+
+    def path(self, name: str) -> str:
+        """The file of a segment."""
+        return str(self.folder / name)
+
+    def next_try(self, name: str, writer: int, epoch: int) -> int:
+        """The number of a writer's next try in the attempt of this epoch; kept in the segment."""
+        with self._lock:
+            return self._segments[name].next_try(writer, epoch)
+
+    def free(self, name: str) -> None:
+        """The snapshot in this segment is not needed any more."""
+        with self._lock:
+            segment = self._segments.get(name)
+            if segment is not None:
+                segment.release()
+
+    def keep_layout(self, layout: Layout) -> None:
+        """Put a layout beside the segments, so that it outlives this process."""
+        keep_layout(self.folder, layout)
+
+    def layouts(self) -> dict[str, Layout]:
+        """The layouts that lie beside the segments."""
+        return read_layouts(self.folder)
+
+    def remove(self) -> None:
+        """Give all memory back: the run on this host has ended and everything is decided."""
+        with self._lock:
+            for segment in self._segments.values():
+                segment.close()
+            self._segments.clear()
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _trigger(text: str) -> Trigger:
+    known: tuple[Trigger, ...] = ("cadence", "proposal", "explicit", "final")
+    return next((t for t in known if t == text), "explicit")

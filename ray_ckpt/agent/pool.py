@@ -1,0 +1,77 @@
+"""The pool of Ray writer tasks on one host: pinned to it, warmed up, never retried by Ray.
+
+A retry by Ray would write the same path again; the agent retries under the next shard number instead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError, TaskUnschedulableError, WorkerCrashedError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from ray_ckpt.errors import RayCkptError, SaveError, StorageError
+from ray_ckpt.storage import Store
+from ray_ckpt.types import ShardReport
+from ray_ckpt.writer import write_shard
+
+logger = logging.getLogger(__name__)
+
+
+def _warm_up(store: Store) -> str:
+    """Have a writer process started, with everything imported that a shard needs."""
+    return store.url
+
+
+class WriterPool:
+    """Submits `write_shard` to this host; falls back to this process where the host takes no tasks any more."""
+
+    def __init__(self, node_id: str, store: Store) -> None:
+        options = {
+            "num_cpus": 0,
+            "max_retries": 0,
+            "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=False),
+        }
+        self._store = store
+        self._write = ray.remote(write_shard).options(name="ray_ckpt.write_shard", **options)
+        self._warm = ray.remote(_warm_up).options(name="ray_ckpt.warm_up", **options)
+
+    def warm_up(self, writers: int) -> None:
+        """Start the processes of the pool in the background."""
+        for _ in range(writers):
+            self._warm.remote(self._store)
+
+    async def write(self, path: str, **arguments: Any) -> ShardReport:
+        """One try of one shard.
+
+        Raises:
+            SaveError: the snapshot is not there any more.
+            StorageError: the try failed; another may work.
+        """
+        try:
+            report: ShardReport = await self._write.remote(path, store=self._store, **arguments)
+            return report
+        except RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, SaveError):
+                raise cause from None
+            raise StorageError(str(cause)) from None
+        except TaskUnschedulableError:
+            logger.warning("this host takes no tasks any more: the agent writes %s itself", path)
+            return await self._write_here(path, arguments)
+        except WorkerCrashedError as error:
+            raise StorageError(f"the writer process died: {error}") from None
+        except RayError as error:
+            raise StorageError(f"the writer task failed: {error}") from None
+
+    async def _write_here(self, path: str, arguments: dict[str, Any]) -> ShardReport:
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(None, lambda: write_shard(path, store=self._store, **arguments))
+        except RayCkptError:
+            raise
+        except OSError as error:
+            raise StorageError(str(error)) from error

@@ -1,0 +1,169 @@
+"""The coordinator as a Ray actor: the pure machine, its I/O in threads, its views as long polls."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import ray
+
+from ray_ckpt.coordinator.executor import Executor
+from ray_ckpt.protocol.coordinator import CoordinatorLogic
+from ray_ckpt.protocol.flows import Io, IoFailedError
+from ray_ckpt.protocol.messages import HostReport, HostView, RunStatus, SaveOutcome
+from ray_ckpt.storage import open_store
+
+logger = logging.getLogger(__name__)
+
+_TICK_S = 0.2
+_IO_THREADS = 8
+
+Seen = tuple[int, int]
+"""(epoch, version) of the newest view that a host has; (0, -1) before the first."""
+
+
+class Coordinator:
+    """Runs one epoch of `CoordinatorLogic`. Ray restarts it after a crash; it then claims a new epoch.
+
+    The constructor does nothing that can fail: Ray takes an exception there for a permanent death.
+    """
+
+    def __init__(
+        self, url: str, storage_options: Mapping[str, Any], *, single_coordinator: bool, lease_s: float
+    ) -> None:
+        logging.basicConfig(level=logging.INFO)
+        self._url = url
+        self._options = dict(storage_options)
+        self._single_coordinator = single_coordinator
+        self._lease_s = lease_s
+        self._logic = CoordinatorLogic(url, f"{socket.gethostname()}:{os.getpid()}")
+        self._executor: Executor | None = None
+        self._threads = ThreadPoolExecutor(_IO_THREADS, "ray-ckpt-io")
+        self._changed = asyncio.Event()
+        self._sent: dict[str, HostView] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._busy_at = time.monotonic()
+
+    # -- called by agents ---------------------------------------------------------------------------------
+
+    async def exchange(self, report: HostReport, seen: Seen, wait_s: float) -> HostView | None:
+        """Take a host's report in; answer with its view once that differs from the one ``seen``, or in ``wait_s``."""
+        self._start()
+        self._logic.on_report(report, time.time())
+        self._pump()
+        deadline = time.monotonic() + wait_s
+        while True:
+            view = self._fresh_view(report.host, seen)
+            left = deadline - time.monotonic()
+            if view is not None or left <= 0:
+                return view
+            changed = self._changed
+            try:
+                await asyncio.wait_for(changed.wait(), left)
+            except asyncio.TimeoutError:
+                return None
+
+    def _fresh_view(self, host: str, seen: Seen) -> HostView | None:
+        """The host's view, None if it says what the host has already."""
+        view = self._logic.view(host)
+        if view is None:
+            return None
+        sent = self._sent.get(host)
+        same = sent is not None and replace(sent, version=view.version) == view
+        if same and sent is not None and (sent.epoch, sent.version) <= seen:
+            return None
+        self._sent[host] = view
+        return view
+
+    # -- called by drivers and the command line -----------------------------------------------------------
+
+    async def request_save(self, request_id: str, reason: str, wait_s: float) -> SaveOutcome | None:
+        """Ask for a save; its outcome, None if there is none within ``wait_s``. May be repeated with the same id."""
+        self._start()
+        self._logic.request_save(request_id, reason, time.time())
+        self._pump()
+        deadline = time.monotonic() + wait_s
+        while request_id not in self._logic.cut.request_outcomes:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return None
+            try:
+                await asyncio.wait_for(self._changed.wait(), left)
+            except asyncio.TimeoutError:
+                return None
+        return self._logic.cut.request_outcomes[request_id]
+
+    async def request_stop(self, reason: str) -> None:
+        """Have all workers save and stop at one step."""
+        self._start()
+        self._logic.request_stop(reason, time.time())
+        self._pump()
+
+    async def status(self) -> RunStatus:
+        """What is going on."""
+        self._start()
+        return self._logic.status()
+
+    async def pid(self) -> int:
+        """The process that runs this actor."""
+        return os.getpid()
+
+    # -- the machine --------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        if self._executor is not None:
+            return
+        store = open_store(self._url, storage_options=self._options, single_coordinator=self._single_coordinator)
+        planner = self._logic.planner
+        self._executor = Executor(store, lambda save: planner.plan_of(save.segments))
+        self._logic.start(time.time())
+        self._spawn(self._tick())
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _pump(self) -> None:
+        """Start what the machine wants done, and wake whoever waits for news."""
+        for io_id, io in self._logic.take():
+            self._spawn(self._run(io_id, io))
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def _run(self, io_id: int, io: Io) -> None:
+        assert self._executor is not None
+        loop = asyncio.get_running_loop()
+        try:
+            result = await loop.run_in_executor(self._threads, self._executor.run, io)
+        except Exception as error:
+            logger.exception("%s: %s failed unexpectedly", self._url, type(io).__name__)
+            result = IoFailedError(f"{type(error).__name__}: {error}")
+        if isinstance(result, IoFailedError):
+            logger.warning("%s: %s: %s", self._url, type(io).__name__, result)
+        self._logic.on_io(io_id, result, time.time())
+        self._pump()
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(_TICK_S)
+            self._logic.on_tick(time.time())
+            self._pump()
+            if not self._logic.idle:
+                self._busy_at = time.monotonic()
+            elif time.monotonic() - self._busy_at > self._lease_s:
+                # A detached actor that nobody needs would keep its node from scaling down.
+                ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
+                return
+
+
+def remote_coordinator(**options: Any) -> Any:
+    """The actor class with these Ray options. Its own CPU share is zero: it mostly waits."""
+    return ray.remote(Coordinator).options(num_cpus=0, max_restarts=-1, max_task_retries=0, **options)
