@@ -189,6 +189,6 @@ def _sources(value: Any, box: Box) -> list[tuple[Box, Any]]:
     found: dict[Box, Any] = {}
     for shard in value.addressable_shards:
         held = _box_of(shard.index, value.shape)
-        if held not in found and held.intersect(box) is not None:
+        if held.intersect(box) is not None:
             found[held] = shard.data
     return list(found.items())

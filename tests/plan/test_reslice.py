@@ -77,6 +77,13 @@ def test_a_query_looks_at_few_of_many_pieces(monkeypatch: pytest.MonkeyPatch) ->
     assert looked <= 4 * side
 
 
+def test_a_long_piece_among_short_ones_is_found() -> None:
+    pieces = [Box((0, 0), (10, 1)), *(Box((i, 1), (1, 1)) for i in range(10))]
+    for start in range(10):
+        found = intersections(Box((start, 0), (1, 2)), pieces)
+        assert found == [(0, Box((start, 0), (1, 1))), (1 + start, Box((start, 1), (1, 1)))]
+
+
 def test_equal_boxes_need_no_search_of_other_axes() -> None:
     pieces = [Box((i, 0, 0), (1, 1000, 1000)) for i in range(50)]
     assert intersections(Box((7, 0, 0), (2, 1000, 1000)), pieces) == [(7, pieces[7]), (8, pieces[8])]

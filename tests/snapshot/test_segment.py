@@ -118,22 +118,23 @@ def test_a_snapshot_from_before_a_reboot_is_gone(tmp_path: Path, monkeypatch: py
         assert (segment.state, segment.save) == (SegmentState.EMPTY, None)
 
 
-def take_tries(path: str, count: int, queue: Any) -> None:
+def take_tries(path: str, count: int, queue: Any, together: Any) -> None:
     with Segment.open(path, writable=True) as segment:
+        together.wait(60)
         queue.put([segment.next_try(3) for _ in range(count)])
 
 
 def test_tries_are_numbered_once_over_processes(segment: Segment) -> None:
     context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    processes = [context.Process(target=take_tries, args=(str(segment.path), 50, queue)) for _ in range(3)]
+    queue, together = context.Queue(), context.Barrier(3)
+    processes = [context.Process(target=take_tries, args=(str(segment.path), 3000, queue, together)) for _ in range(3)]
     for process in processes:
         process.start()
     numbers = sorted(number for _ in processes for number in queue.get(timeout=60))
     for process in processes:
         process.join(60)
-    assert numbers == list(range(150))
-    assert segment.next_try(3) == 150
+    assert numbers == list(range(9000))
+    assert segment.next_try(3) == 9000
     assert segment.next_try(4) == 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,23 @@ def test_threads_copy_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         take_snapshot(segment, plan, layout, values, save_id(plan.plan_id), threads=threads)
         for name, array in contents([segment]).items():
             np.testing.assert_array_equal(array, state[name])
+
+
+def test_a_thread_that_fails_fails_the_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = take_module._run
+
+    def failing(moves: Any) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            raise MemoryError
+        run(moves)
+
+    monkeypatch.setattr(take_module, "_LARGE_NBYTES", 64)
+    monkeypatch.setattr(take_module, "_PARALLEL_NBYTES", 64)
+    monkeypatch.setattr(take_module, "_run", failing)
+    with pytest.raises(MemoryError):
+        snapshots(tmp_path, [{"a": np.arange(5000.0)}])
+    with Segment.open(tmp_path / "0") as segment:
+        assert segment.state is SegmentState.EMPTY
 
 
 def test_the_state_may_change_once_it_returns(tmp_path: Path) -> None:

@@ -79,6 +79,11 @@ def test_reading_an_array_copies_nothing() -> None:
     np.testing.assert_array_equal(part, [2, 3, 4])
 
 
+def test_the_target_decides_the_byte_order() -> None:
+    got = build("numpy", np.zeros(2, ">i4"), {Box((0,), (2,)): np.array([1, 2], np.int32)})
+    assert (got.dtype.str, got.tolist()) == (">i4", [1, 2])
+
+
 def test_numpy_scalars() -> None:
     got = round_trip(np.float32(1.5), None)
     assert type(got) is np.float32
@@ -172,7 +177,9 @@ def test_fingerprints_tell_layouts_apart() -> None:
         {"a": np.zeros((2, 3), np.float32), "b": 1.0},
         {"a": np.zeros((2, 3), np.float32), "c": 1},
         {"a": Slice(np.zeros((2, 3), np.float32), (4, 3), (0, 0)), "b": 1},
+        {"a": np.zeros((2, 3), np.float32), "b": np.int64(1)},
         [np.zeros((2, 3), np.float32), 1],
+        (np.zeros((2, 3), np.float32), 1),
     ]
     same = {"a": np.ones((2, 3), np.float32), "b": 2}
     prints = [layout_of(state, 0, 1)[0].fingerprint for state in (base, *other)]
