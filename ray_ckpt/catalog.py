@@ -161,7 +161,7 @@ def select(store: Store, step: int | None) -> list[Checkpoint]:
     found = [checkpoint for checkpoint in live if checkpoint.step == step]
     if not found:
         there = ", ".join(str(other) for other in sorted({checkpoint.step for checkpoint in live}))
-        raise NoCheckpointError(f"no checkpoint of step {step} in {store.url}: step {step} is not there: {there}")
+        raise NoCheckpointError(f"step {step} is not in {store.url}, which has {there}")
     return found[-1:]
 
 

@@ -41,15 +41,14 @@ def clean(
     store = None if url is None else open_for_reading(url, parse_storage_options(storage_option))
     sweep = Sweep() if store is None else find(store, now, min_age_s)
     unused = find_segments(segment_folder or default_segment_folder(), now, min_age_s) if segments else []
+    if yes:
+        if store is not None:
+            remove(store, sweep, now)
+        unused = remove_segments(unused)
     if as_json:
         print_json(_document(url, yes, sweep, unused))
     else:
         _print(url, yes, sweep, unused)
-    if yes:
-        if store is not None:
-            remove(store, sweep, now)
-        for segment in remove_segments(unused):
-            note(f"{segment.path} has been opened meanwhile and stays")
 
 
 def _rows(sweep: Sweep, unused: list[SegmentInfo]) -> Iterator[_Row]:
@@ -74,7 +73,7 @@ def _print(url: str | None, yes: bool, sweep: Sweep, unused: list[SegmentInfo]) 
     if not rows:
         note("nothing to clean")
     elif yes:
-        note(f"removing these {len(rows)}, {size(total)}")
+        note(f"removed these {len(rows)}, {size(total)}")
     else:
         note(f"nothing was removed; with --yes these {len(rows)} go, {size(total)}")
 

@@ -88,8 +88,8 @@ def find_segments(folder: Path, now: float, min_age_s: float) -> list[SegmentInf
 
 
 def remove_segments(segments: Iterable[SegmentInfo]) -> list[SegmentInfo]:
-    """Remove them; gives back those that somebody has opened since."""
-    return [segment for segment in segments if not reclaim(segment.path)]
+    """Remove them; gives back those that went: the others have been opened since."""
+    return [segment for segment in segments if reclaim(segment.path)]
 
 
 def _by_prefix(listed: Iterable[ObjectInfo]) -> dict[str, list[ObjectInfo]]:

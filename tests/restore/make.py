@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import google_crc32c
@@ -21,9 +22,10 @@ from ray_ckpt.bundle import (
     piece_key,
     shard_name,
 )
+from ray_ckpt.log import append, put_claim, read_head
 from ray_ckpt.metadata import Metadata, RankTree, WriterNote, encode
 from ray_ckpt.storage import Store
-from ray_ckpt.types import METADATA_KEY, Box
+from ray_ckpt.types import METADATA_KEY, Box, Checkpoint, Claim, Dying, LogRecord
 
 CHUNK_NBYTES = 4 << 20
 
@@ -113,9 +115,7 @@ def grid(shape: tuple[int, ...], parts: tuple[int, ...]) -> list[Box]:
     for dim, count in zip(shape, parts, strict=True):
         edges = [dim * i // count for i in range(count + 1)]
         boxes = [
-            Box((*box.offset, start), (*box.shape, stop - start))
-            for box in boxes
-            for start, stop in zip(edges[:-1], edges[1:], strict=True)
+            Box((*box.offset, start), (*box.shape, stop - start)) for box in boxes for start, stop in pairwise(edges)
         ]
     return boxes
 
@@ -136,7 +136,7 @@ def same_bits(found: Array, expected: Array) -> bool:
     """Equal dtype, shape and bytes: NaNs and signed zeros count."""
     if found.dtype != expected.dtype or found.shape != expected.shape:
         return False
-    if found.dtype == object:
+    if found.dtype.hasobject:
         return bool(found.tolist() == expected.tolist())
     return np.ascontiguousarray(found).tobytes() == np.ascontiguousarray(expected).tobytes()
 
@@ -145,10 +145,32 @@ def random_bits(dtype: np.dtype[Any], shape: tuple[int, ...], seed: int) -> Arra
     """An array of random bytes, NaNs of all kinds among them; valid values where a type has invalid bytes."""
     rng = np.random.default_rng(seed)
     count = int(np.prod(shape))
-    if dtype == object:
+    if dtype.hasobject:
         strings = np.empty(count, object)
         strings[:] = [rng.bytes(int(n)) for n in rng.integers(0, 20, count)]
         return strings.reshape(shape)
-    if dtype == bool:
+    if dtype.kind == "b":
         return rng.integers(0, 2, shape).astype(bool)
     return np.frombuffer(rng.bytes(count * dtype.itemsize), dtype).reshape(shape).copy()
+
+
+def commit(store: Store, step: int, arrays: Mapping[str, Array], **how: Any) -> Checkpoint:
+    """Make a checkpoint at ``model.ckpt-<step>``, claimed and committed in the log as the newest."""
+    prefix = f"model.ckpt-{step}"
+    make_checkpoint(store, prefix, arrays, metadata=some_metadata(step), **how)
+    nbytes = sum(info.nbytes for info in store.list("") if info.path.startswith(f"{prefix}."))
+    made = Checkpoint(step, prefix, f"e1-{step}", 1, 1_700_000_000.0 + step, nbytes, 4, 4)
+    put_claim(store, Claim(made.attempt, 1, 1, step, prefix, 4))
+    head = read_head(store)
+    record(store, [*(head.live if head else ()), made])
+    return made
+
+
+def record(store: Store, live: Sequence[Checkpoint], *, epoch: int = 1, dying: Sequence[Dying] = ()) -> LogRecord:
+    """Append a record with these checkpoints to the log."""
+    head = read_head(store)
+    high_water = max([head.high_water if head else -1, *(checkpoint.step for checkpoint in live)])
+    sequence = head.sequence + 1 if head else 1
+    made = LogRecord(sequence, "commit", epoch, "test", 5.0, tuple(live), tuple(dying), None, high_water)
+    assert append(store, made)[0]
+    return made

@@ -223,5 +223,5 @@ def test_a_missing_shard_is_the_callers_to_judge(store: Store) -> None:
     make_checkpoint(store, "c", {"w": np.zeros(4, np.float32)})
     stored = open_checkpoint(store, "c")
     store.delete(stored.shard_path(0))
-    with pytest.raises(ObjectMissingError, match="c.data-00000-of-00004"):
+    with pytest.raises(ObjectMissingError, match=r"c\.data-00000-of-00004"):
         read_boxes(stored, [("w", Box.whole((4,)), np.empty(4, np.float32))])
