@@ -60,9 +60,7 @@ def write_shard(
                 # A view left over would keep the segment mapped after it is closed.
                 block.release()
             if segment.fills != fills or segment.state is not SegmentState.SEALED:
-                raise SaveError(
-                    f"{segment_path}: the snapshot of step {step} was released while it was written"
-                )
+                raise SaveError(f"{segment_path}: the snapshot of step {step} was released while it was written")
     return ShardReport(
         attempt=attempt,
         writer=table.writer_base + writer,
@@ -115,7 +113,5 @@ class _Shard:
                 self.chunks.append(crc)
             yield stop
         crc = total if entry.crc is None else entry.crc
-        value = encode_piece(
-            entry.dtype, entry.box.shape, self._shard_id, entry.start - self.start, entry.nbytes, crc
-        )
+        value = encode_piece(entry.dtype, entry.box.shape, self._shard_id, entry.start - self.start, entry.nbytes, crc)
         self.pairs.append((piece_key(entry.name, entry.box, entry.shape), value))

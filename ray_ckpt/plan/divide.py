@@ -174,9 +174,7 @@ def _check(name: str, tensor: _Tensor) -> None:
     check_tensor(name, "uint8" if spans else tensor.dtype, tensor.shape, boxes)
 
 
-def _assign(
-    tensors: dict[str, _Tensor], groups: _Groups, cut_nbytes: int
-) -> Iterable[tuple[_Item, int, Box]]:
+def _assign(tensors: dict[str, _Tensor], groups: _Groups, cut_nbytes: int) -> Iterable[tuple[_Item, int, Box]]:
     """(item, rank, box) for everything that is written."""
     by_holders: dict[tuple[int, ...], list[_Item]] = {}
     for name, tensor in tensors.items():
@@ -255,9 +253,7 @@ def _cut(item: _Item, loads: Sequence[tuple[int, int]], level: float) -> list[tu
     extra = max(left, 0) / len(shares)
     shape = item.box.shape
     axis = next((d for d, n in enumerate(shape) if n >= _EVEN_STEPS * len(shares)), shape.index(max(shape)))
-    ends = [
-        round(shape[axis] * end / item.nbytes) for end in accumulate(share + extra for _, share in shares)
-    ]
+    ends = [round(shape[axis] * end / item.nbytes) for end in accumulate(share + extra for _, share in shares)]
     ends[-1] = shape[axis]
     pieces = []
     start = 0
