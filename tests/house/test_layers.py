@@ -22,6 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("tree", "leaves"),
     ("snapshot",),
     ("restore",),
+    ("target",),
     ("writer",),
     ("catalog",),
     ("agent",),

@@ -1,0 +1,5 @@
+"""From an opened checkpoint to a user's state on one rank, whatever cut and number of ranks it was saved with."""
+
+from ray_ckpt.target.state import restore_state
+
+__all__ = ["restore_state"]

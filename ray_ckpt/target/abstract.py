@@ -1,0 +1,133 @@
+"""A restore target from a function that would make a fresh state, without making it."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import types
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from ray_ckpt.errors import StateError
+from ray_ckpt.leaves import PerWorker, Slice
+from ray_ckpt.restore import StoredCheckpoint
+from ray_ckpt.target.match import bare
+from ray_ckpt.target.structure import StoredNames, foreign_containers, leaf_names, stored_tree
+from ray_ckpt.tree import flatten, unflatten
+
+ADVICE = "pass a state, or an abstract one (with jax.ShapeDtypeStruct leaves), as `like`"
+
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial, type)
+
+
+def is_function(like: Any) -> bool:
+    """True for what makes a state: jitted and otherwise wrapped functions too, containers that can be called not."""
+    return isinstance(like, _FUNCTIONS) or (callable(like) and hasattr(like, "__wrapped__"))
+
+
+def why_not_containers(stored: StoredCheckpoint, rank: int, world_size: int) -> str:
+    """Why the checkpoint alone cannot give this rank's containers back; "" if it can."""
+    if stored.metadata is None:
+        return "was not written by ray_ckpt and holds no structure"
+    tree = stored_tree(stored.metadata, rank, world_size)
+    if tree is None:
+        return (
+            f"was saved by {stored.metadata.world_size} workers with states of different structures, and this is"
+            f" rank {rank} of {world_size}"
+        )
+    kinds = foreign_containers(tree)
+    return f"holds containers that it cannot make ({', '.join(kinds)})" if kinds else ""
+
+
+def from_function(stored: StoredCheckpoint, make: Callable[..., Any], rank: int, world_size: int) -> Any:
+    """The abstract state that a function would return; None where the checkpoint alone says as much.
+
+    A jitted function is always asked: only it knows the shardings.
+
+    Raises:
+        StateError: neither can be known without calling the function.
+    """
+    jax: Any = sys.modules.get("jax")
+    is_jitted = jax is not None and hasattr(make, "eval_shape")
+    why = why_not_containers(stored, rank, world_size) or _why_not_leaves(stored, rank, world_size)
+    if not why and not is_jitted:
+        return None
+    if jax is None or stored.metadata is None:
+        raise StateError(f"{stored.where} {why}, and a function is not called where there is a checkpoint: {ADVICE}")
+    try:
+        target = jax.eval_shape(make) if is_jitted else _traced(jax, make)
+    except Exception as error:
+        raise StateError(
+            f"{stored.where} is to be restored to what {_name(make)} would make, but jax.eval_shape cannot tell what"
+            f" that is ({type(error).__name__}: {str(error).partition(chr(10))[0]}): {ADVICE}"
+        ) from error
+    _check_placed(stored, target)
+    return target
+
+
+def _why_not_leaves(stored: StoredCheckpoint, rank: int, world_size: int) -> str:
+    """Which leaf the function says more about than the checkpoint does; "" if there is none."""
+    metadata = stored.metadata
+    tree = stored_tree(metadata, rank, world_size)
+    if metadata is None or tree is None:
+        return ""
+    per_worker = StoredNames.of(stored).per_worker
+    for name in leaf_names(tree):
+        own = per_worker.get(name, {(rank, world_size): name}).get((rank, world_size))
+        if own is None:
+            return f"holds {name}, a value of each of {metadata.world_size} workers, not {world_size}"
+        kind = metadata.kind(own)
+        if "slice:" in kind:
+            return f"holds {name}, which was a Slice"
+        if "tf:variable" in kind:
+            return f"holds {name}, which was a tf.Variable"
+        if kind == "jax:global" and _spans_processes():
+            return f"holds {name}, which was sharded over processes"
+    return ""
+
+
+def _traced(jax: Any, make: Callable[[], Any]) -> Any:
+    """The state with abstract values where JAX would compute one, and all other leaves as they are."""
+    made: list[Any] = []
+
+    def arrays() -> dict[str, Any]:
+        state = make()
+        made.append(state)
+        leaves = flatten(state).leaves
+        return {name: bare(leaf) for name, leaf in leaves if isinstance(bare(leaf), jax.core.Tracer)}
+
+    abstract = jax.eval_shape(arrays)
+    state = made[-1]
+    values = {name: _marked(leaf, abstract[name]) if name in abstract else leaf for name, leaf in flatten(state).leaves}
+    return unflatten(state, values)
+
+
+def _marked(like: Any, value: Any) -> Any:
+    """The value inside the markers of ``like``."""
+    if isinstance(like, PerWorker):
+        return replace(like, value=_marked(like.value, value))
+    if isinstance(like, Slice):
+        return replace(like, array=value)
+    return value
+
+
+def _check_placed(stored: StoredCheckpoint, target: Any) -> None:
+    """A function that is only traced does not say how its arrays lie on other processes."""
+    if stored.metadata is None or not _spans_processes():
+        return
+    for name, leaf in flatten(target).leaves:
+        if stored.metadata.kind(name) == "jax:global" and getattr(leaf, "sharding", None) is None:
+            raise StateError(
+                f"{stored.where}: {name} was sharded over processes, and the function does not say how to place it:"
+                f" {ADVICE} and shardings, or a function jitted with out_shardings"
+            )
+
+
+def _spans_processes() -> bool:
+    jax: Any = sys.modules.get("jax")
+    return jax is not None and jax.process_count() > 1
+
+
+def _name(make: Callable[..., Any]) -> str:
+    return getattr(make, "__qualname__", None) or repr(make)

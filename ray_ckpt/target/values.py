@@ -1,0 +1,116 @@
+"""From a matched target to its values: one concurrent, bounded read of all boxes, then each leaf built from its own.
+
+What changes the target itself (variables are assigned in place) comes last, when everything else has succeeded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from ray_ckpt.bundle import dtype_of
+from ray_ckpt.errors import MismatchError, UsageError
+from ray_ckpt.leaves import build
+from ray_ckpt.restore import Progress, StoredCheckpoint, check_extents, read_boxes
+from ray_ckpt.target.match import LeafPlan, Source, bare
+from ray_ckpt.types import Box
+
+Array = np.ndarray[Any, Any]
+Pieces = dict[Box, Array]
+
+
+def read_values(
+    stored: StoredCheckpoint,
+    plans: Iterable[LeafPlan],
+    *,
+    threads: int,
+    budget_nbytes: int,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """The values of all leaves by name.
+
+    Raises:
+        MismatchError: a value is not one of the target's type.
+        UsageError: there is no memory for a leaf.
+        DamagedError, ObjectMissingError, StorageError: as `restore.read_boxes`.
+    """
+    # Variables last: until all else is done, an error leaves them as they were.
+    plans = sorted(plans, key=_is_in_place)
+    # The size of what has a target is the target's; that of the rest is only what the index claims.
+    check_extents(stored, {s.tensor.name for plan in plans for s in plan.sources if s.like is None})
+    pieces = [[_allocate(plan.name, source) for source in plan.sources] for plan in plans]
+    wanted = [
+        (source.tensor.name, box, array)
+        for plan, arrays in zip(plans, pieces, strict=True)
+        for source, boxes in zip(plan.sources, arrays, strict=True)
+        for box, array in boxes.items()
+    ]
+    read_boxes(stored, wanted, threads=threads, budget_nbytes=budget_nbytes, progress=progress)
+    del wanted
+    values: dict[str, Any] = {}
+    # Last first, so that each leaf's arrays are free as soon as it has been built.
+    plans.reverse()
+    pieces.reverse()
+    while plans:
+        plan = plans.pop()
+        values[plan.name] = _build_leaf(plan, pieces.pop())
+    return values
+
+
+def _is_in_place(plan: LeafPlan) -> bool:
+    return hasattr(bare(plan.like), "assign")
+
+
+def _allocate(name: str, source: Source) -> Pieces:
+    dtype = dtype_of(source.tensor.dtype)
+    try:
+        return {box: np.empty(box.shape, dtype) for box in source.boxes}
+    except (MemoryError, ValueError) as error:
+        raise UsageError(
+            f"{name}: no memory for its part of {dtype.name}{list(source.tensor.shape)} ({error}): restore it on"
+            " more workers, or in slices (ray_ckpt.Slice)"
+        ) from None
+
+
+def _build_leaf(plan: LeafPlan, pieces: list[Pieces]) -> Any:
+    try:
+        values = [_build(source, arrays) for source, arrays in zip(plan.sources, pieces, strict=True)]
+    except UnicodeDecodeError as error:
+        raise MismatchError(
+            f"{plan.name}: expected text, found bytes that are not UTF-8 ({error}); make the target's leaf bytes"
+        ) from None
+    except MismatchError as error:
+        raise MismatchError(f"{plan.name}: {error}") from None
+    return values[0] if plan.combine is None else plan.combine(values)
+
+
+def _build(source: Source, pieces: Pieces) -> Any:
+    dtype = source.dtype
+    if dtype is not None:
+        pieces = {box: converted(array, dtype) for box, array in pieces.items()}
+    return build(source.kind, source.like, pieces)
+
+
+def converted(array: Array, dtype: np.dtype[Any]) -> Array:
+    """The elements as another type of number: rounded to a floating-point one, the same in any other.
+
+    Raises:
+        MismatchError: an element has no such value in an integer or bool, or an imaginary part would be lost.
+    """
+    is_complex = array.dtype.kind == "c" and dtype.kind != "c"
+    with np.errstate(all="ignore"):
+        out: Array = (array.real if is_complex else array).astype(dtype)
+        if is_complex:
+            lost = array.imag != 0
+        elif "float" in dtype.name or dtype.kind == "c":
+            return out
+        else:
+            lost = out.astype(array.dtype) != array
+    if lost.any():
+        raise MismatchError(
+            f"{array[lost].flat[0]} has no value in {dtype.name}; expected {dtype.name}, found {array.dtype.name}:"
+            " make the target's leaf of the stored dtype"
+        )
+    return out
