@@ -1,0 +1,126 @@
+"""Coordinator processes around the real `CoordinatorLogic`, and what restarts them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ray_ckpt.errors import RayCkptError
+from ray_ckpt.protocol.coordinator import CoordinatorLogic
+from ray_ckpt.protocol.flows import Io, IoFailedError
+from ray_ckpt.protocol.messages import HostReport
+from ray_ckpt.testing.simulator.actions import perform
+from ray_ckpt.testing.simulator.world import Process, World
+
+if TYPE_CHECKING:
+    from ray_ckpt.testing.simulator.host import Agent, Host
+
+TICK_S = 0.5
+
+
+class Coordinator(Process):
+    """One start of the coordinator actor: all its state is lost when it dies."""
+
+    kind = "coordinator"
+
+    def __init__(self, world: World, number: int) -> None:
+        super().__init__(world, f"coordinator {number}", f"head {number}")
+        self.logic = CoordinatorLogic("sim://run", self.name)
+        self.later(0.0, self._start)
+
+    def _start(self) -> None:
+        self.logic.start(self.world.now)
+        self._pump()
+        self.later(TICK_S, self._tick)
+
+    def _tick(self) -> None:
+        self.world.point(self)
+        self.later(TICK_S, self._tick)
+        self.logic.on_tick(self.world.now)
+        self._pump()
+
+    def on_report(self, report: HostReport, agent: Agent) -> None:
+        """A host reports; it is answered with its view."""
+        if not self.alive:
+            return
+        self.world.point(self)
+        self.logic.on_report(report, self.world.now)
+        self._pump()
+        view = self.logic.view(report.host)
+        if view is not None:
+            self.world.send(self.where, agent.where, lambda: agent.on_view(view))
+        self.world.point(self)
+
+    def request_save(self, request_id: str) -> None:
+        """The driver asks for a save."""
+        self.logic.request_save(request_id, "asked by the driver", self.world.now)
+        self._pump()
+
+    def request_stop(self) -> None:
+        """The driver asks for a stop."""
+        self.logic.request_stop("asked by the driver", self.world.now)
+        self._pump()
+
+    def _pump(self) -> None:
+        for io_id, io in self.logic.take():
+            self._execute(io_id, io)
+
+    def _execute(self, io_id: int, io: Io) -> None:
+        def done(result: Any) -> None:
+            if isinstance(result, RayCkptError):
+                result = IoFailedError(str(result))
+            elif isinstance(result, Exception) and not isinstance(result, IoFailedError):
+                raise result
+            self.later(0.001, lambda: self._answer(io_id, result))
+
+        self.use_store(perform(io, self.world.now), done)
+
+    def _answer(self, io_id: int, result: Any) -> None:
+        self.world.point(self)
+        self.logic.on_io(io_id, result, self.world.now)
+        self._pump()
+
+
+class Head:
+    """Restarts the coordinator when it dies, and sometimes while it lives on behind a partition."""
+
+    def __init__(self, world: World, hosts: list[Host]) -> None:
+        self.world = world
+        self.hosts = hosts
+        self.current: Coordinator | None = None
+        self.started = 0
+        self.start()
+        world.at(0.2, self._watch)
+        if world.faulty("zombie_coordinator"):
+            for _ in range(world.rng.randint(1, 2)):
+                world.at(world.rng.uniform(0.5, world.scenario.horizon), self._replace)
+
+    def start(self) -> None:
+        """Start a coordinator; the hosts find it one after the other."""
+        self.started += 1
+        self.current = new = Coordinator(self.world, self.started)
+        self.world.tell("%s starts", new.name)
+        for host in self.hosts:
+            if host.coordinator is None or not host.coordinator.alive:
+                host.coordinator = new
+            else:
+                self.world.at(self.world.rng.uniform(0.0, 3.0), lambda host=host: self._point(host))  # type: ignore[misc]
+
+    def _point(self, host: Host) -> None:
+        host.coordinator = self.current
+
+    def _watch(self) -> None:
+        if self.current is not None and not self.current.alive:
+            self.current = None
+            self.world.at(self.world.rng.uniform(0.2, 1.5), self.start)
+        self.world.at(0.2, self._watch)
+
+    def _replace(self) -> None:
+        """The present coordinator seems gone, but lives: its actions come late, some hosts still talk to it."""
+        old = self.current
+        if old is None or self.world.now >= self.world.scenario.horizon:
+            return
+        self.world.tell("%s becomes a zombie", old.name)
+        old.lag_s = self.world.rng.choice((0.5, 3.0))
+        if self.world.rng.random() < 0.5:
+            self.world.isolate(old.where, self.world.rng.uniform(0.5, 5.0))
+        self.start()

@@ -1,0 +1,307 @@
+"""Independent judges: they see the disk and what processes did, and share no code with what they judge.
+
+files      I1, I3, I7: what the log lists is whole; one writer a path; nothing is deleted that may not be
+tensorflow what the `checkpoint` file names is whole
+log        I2, I4, I5: order, epochs, one commit for a save, the newest never goes back
+commits    I9: a commit holds exactly the snapshots that all ranks of one start took at one step
+training   I10, I6: one restore for all ranks, of the newest; what workers are told is true; stops at one step
+memory     I8 and no segment is freed under a writer
+quiet      I6: when nothing fails any more, nothing is left waiting or lying about
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from ray_ckpt.testing.simulator.disk import Mutation
+from ray_ckpt.testing.simulator.rule import LOG, damage_of, newest, parsed, top_record
+from ray_ckpt.testing.simulator.host import Agent, Writer
+from ray_ckpt.testing.simulator.world import Violation, World
+
+if TYPE_CHECKING:
+    from ray_ckpt.protocol.messages import RestoreDecision, SegmentInfo
+    from ray_ckpt.testing.simulator.job import Reader
+    from ray_ckpt.testing.simulator.memory import Slot
+    from ray_ckpt.testing.simulator.trainer import Trainer
+    from ray_ckpt.types import Layout
+
+STATE = "checkpoint"
+_DATA = re.compile(r"(.*)\.(?:index|data-\d{5}-of-\d{5})")
+_NAMED = re.compile(r'^(all_)?model_checkpoint_paths?: "(.*)"$', re.MULTILINE)
+
+
+def prefix_of(path: str) -> str | None:
+    """The checkpoint a file belongs to; None for other files."""
+    match = _DATA.fullmatch(path)
+    return match[1] if match else None
+
+
+class Oracles:
+    """All judges of one run."""
+
+    def __init__(self, world: World) -> None:
+        self.log = LogOracle()
+        self.commits = CommitOracle()
+        self.files = FileOracle(world, self.log)
+        self.training = TrainingOracle(world, self.log)
+        self.memory = MemoryOracle()
+        world.disk.watchers.append(self._on_mutation)
+        self._objects = world.disk.objects
+
+    def _on_mutation(self, mutation: Mutation) -> None:
+        path = mutation.op.path
+        if path.startswith(LOG):
+            if mutation.after is not None:
+                record = self.log.appended(int(path.removeprefix(LOG)), parsed(mutation.after))
+                if record is not None and record["kind"] == "commit":
+                    self.commits.committed(record["live"][-1], self._objects)
+        self.files.changed(mutation)
+
+
+class LogOracle:
+    """Follows the records as they appear."""
+
+    def __init__(self) -> None:
+        self.history: list[Any] = []
+        self.commits: list[Any] = []
+
+    @property
+    def top(self) -> Any:
+        """The newest record, None at first."""
+        return self.history[-1] if self.history else None
+
+    def appended(self, sequence: int, record: Any) -> Any | None:
+        """Judge a new record; None for one that took a pruned number, which its writer removes again."""
+        top = self.top
+        if top is None:
+            self._require(sequence == 1 and record["kind"] == "claim", f"the log begins with {record}")
+        else:
+            if sequence <= top["sequence"] - 15:
+                return None
+            self._require(sequence == top["sequence"] + 1, f"record {sequence} follows {top['sequence']}")
+            self._judge(top, record)
+        self.history.append(record)
+        if record["kind"] == "commit":
+            self.commits.append(record["live"][-1])
+        return record
+
+    def _judge(self, top: Any, record: Any) -> None:
+        claim = record["kind"] == "claim"
+        expected = top["epoch"] + 1 if claim else top["epoch"]
+        self._require(record["epoch"] == expected, f"epoch {record['epoch']} after {top['epoch']}: {record}")
+        self._require(claim or record["owner"] == top["owner"], f"{record['owner']} appends under {top['owner']}")
+        self._require(record["high_water"] >= top["high_water"], "the high water mark fell")
+        if record["kind"] == "commit":
+            self._judge_commit(top, record)
+        elif record["kind"] == "seal":
+            numbers = [(r["generation"] or {"number": 0, "round": 0}) for r in (top, record)]
+            old, new = ((n["number"], n["round"]) for n in numbers)
+            self._require(new in ((old[0] + 1, 1), (old[0], old[1] + 1)), f"generation {new} after {old}")
+        else:
+            self._require(newest(top) == newest(record), f"a {record['kind']} changed the newest: {record}")
+        if record["kind"] not in ("commit", "delete"):
+            self._require([c["prefix"] for c in top["live"]] == [c["prefix"] for c in record["live"]], "live changed")
+
+    def _judge_commit(self, top: Any, record: Any) -> None:
+        new = record["live"][-1]
+        before = [c["prefix"] for c in top["live"]]
+        self._require([c["prefix"] for c in record["live"][:-1]] == before, "a commit changed what was live")
+        self._require(newest(record) == new, "a commit is not the newest")
+        self._require(new["generation"] == top["generation"]["number"], f"{new} is of another generation")
+        for old in self.commits:
+            self._require(old["attempt"] != new["attempt"], f"attempt {new['attempt']} committed twice")
+            self._require(old["prefix"] != new["prefix"], f"prefix {new['prefix']} committed twice")
+            if old["generation"] == new["generation"]:
+                self._require(old["step"] < new["step"], f"step {new['step']} committed after {old['step']}")
+
+    @staticmethod
+    def _require(holds: bool, text: str) -> None:
+        if not holds:
+            raise Violation("log", text)
+
+
+class CommitOracle:
+    """Knows who took which snapshot, and judges what a commit is made of."""
+
+    def __init__(self) -> None:
+        self._taken: dict[str, tuple[int, int, int]] = {}
+        self._sizes: dict[int, int] = {}
+        self._names: dict[str, set[str]] = {}
+
+    def taken(self, trainer: Trainer, step: int, layout: Layout) -> str:
+        """A rank takes a snapshot; the token stands for its bytes."""
+        token = f"{trainer.name}@{step}"
+        self._taken[token] = (trainer.start.number, step, trainer.rank)
+        self._sizes[trainer.start.number] = len(trainer.start.trainers)
+        self._names[token] = {leaf.name for leaf in layout.leaves}
+        return token
+
+    def committed(self, checkpoint: Any, objects: dict[str, bytes]) -> None:
+        """A commit record has appeared."""
+        problem = damage_of(objects, checkpoint["prefix"])
+        self._require(problem is None, f"{checkpoint['prefix']} committed, but {problem}")
+        entries = parsed(objects[checkpoint["prefix"] + ".index"])["entries"]
+        entries = [e for e in entries if e[0] != "_ray_ckpt"]
+        tokens = {token for *_, token in entries}
+        sources = {self._taken[token] for token in tokens}
+        text = f"step {checkpoint['step']} is made of (start, step, rank) {sorted(sources)}"
+        start, step, _ = next(iter(sources))
+        self._require(sources == {(start, step, rank) for rank in range(self._sizes[start])}, text)
+        self._require(step == checkpoint["step"] and self._sizes[start] == checkpoint["world_size"], text)
+        expected = set().union(*(self._names[token] for token in tokens))
+        pieces = [(name, tuple(offset), tuple(shape)) for name, offset, shape, _ in entries]
+        self._require(len(pieces) == len(set(pieces)), f"pieces written twice: {sorted(pieces)}")
+        self._require({name for name, *_ in pieces} == expected, f"tensors {sorted(p[0] for p in pieces)}")
+
+    @staticmethod
+    def _require(holds: bool, text: str) -> None:
+        if not holds:
+            raise Violation("commits", text)
+
+
+class FileOracle:
+    """Looks at the disk after every mutation."""
+
+    def __init__(self, world: World, log: LogOracle) -> None:
+        self._world = world
+        self._log = log
+        self._written: dict[str, str] = {}
+        self._deleted: set[str] = set()
+        self.late: set[str] = set()
+        self.readers: list[Reader] = []
+
+    def changed(self, mutation: Mutation) -> None:
+        """An object has changed."""
+        path = mutation.op.path
+        prefix = prefix_of(path)
+        if prefix is not None:
+            if mutation.after is None:
+                self._on_delete(path, prefix)
+            else:
+                self._on_write(path, prefix, mutation.actor)
+        if prefix is not None or path == STATE or path.startswith(LOG):
+            self._look()
+
+    def _on_write(self, path: str, prefix: str, actor: str) -> None:
+        if path in self._written:
+            raise Violation("files", f"{path} written by {self._written[path]}, then by {actor}")
+        self._written[path] = actor
+        if f"_ray_ckpt/claims/{prefix.replace('/', '%2F')}" not in self._world.disk.objects:
+            self.late.add(path)
+
+    def _on_delete(self, path: str, prefix: str) -> None:
+        top = self._log.top
+        if any(c["prefix"] == prefix for c in top["live"]):
+            raise Violation("files", f"{path} deleted while the log lists it")
+        dying = any(d["checkpoint"]["prefix"] == prefix for d in top["dying"])
+        if any(c["prefix"] == prefix for c in self._log.commits) and not dying:
+            raise Violation("files", f"{path} was committed and is deleted before the log says so")
+        for reader in self.readers:
+            if reader.holds and reader.prefix == prefix:
+                raise Violation("files", f"{path} deleted while {reader.name} has pinned it")
+        self._deleted.add(prefix)
+
+    def _look(self) -> None:
+        objects = self._world.disk.objects
+        top = top_record(objects)
+        for checkpoint in top["live"] if top else ():
+            problem = damage_of(objects, checkpoint["prefix"])
+            if problem:
+                raise Violation("files", f"the log lists {checkpoint['prefix']}, but {problem}")
+            if checkpoint["prefix"] in self._deleted:
+                raise Violation("files", f"the log lists {checkpoint['prefix']}, which was being deleted")
+        for prefix in named(objects):
+            problem = damage_of(objects, prefix)
+            if problem:
+                raise Violation("tensorflow", f"`checkpoint` names {prefix}, but {problem}")
+
+
+def named(objects: dict[str, bytes]) -> list[str]:
+    """The prefixes in the `checkpoint` file, the newest first."""
+    held = objects.get(STATE)
+    return [match[2] for match in _NAMED.finditer(held.decode())] if held else []
+
+
+class TrainingOracle:
+    """Watches what workers read, hear and do."""
+
+    def __init__(self, world: World, log: LogOracle) -> None:
+        self._world = world
+        self._log = log
+        self._reads: dict[tuple[int, int], tuple[int, str | None]] = {}
+        self._started: dict[int, tuple[int, int]] = {}
+        self._told: set[tuple[str, int]] = set()
+
+    def read(self, trainer: Trainer, decision: RestoreDecision, damage: str | None) -> None:
+        """A rank reads what was decided; what it reads must be what all others read."""
+        chosen = decision.checkpoint.prefix if decision.checkpoint else None
+        self._world.tell("%s reads %s for %s: %s", trainer.name, chosen, decision.key, damage or "whole")
+        _, other = self._reads.setdefault(decision.key, (trainer.rank, chosen))
+        self._require(other == chosen, f"{trainer.name} reads {chosen} for {decision.key}, another rank {other}")
+        current = self._log.top["generation"]["number"]
+        stale = decision.generation != current or trainer.start.over
+        self._require(damage is None or stale, f"{trainer.name} cannot read {chosen}: {damage}")
+
+    def started(self, trainer: Trainer) -> None:
+        """A rank begins to train."""
+        restore = trainer.logic.restore
+        assert restore is not None
+        self._world.tell("%s trains from %s", trainer.name, trainer.logic.restored_step)
+        key = self._started.setdefault(trainer.start.number, restore.key)
+        self._require(key == restore.key, f"{trainer.name} starts from {restore.key}, another rank from {key}")
+        self._check_choice(trainer, restore)
+
+    def _check_choice(self, trainer: Trainer, restore: RestoreDecision) -> None:
+        """The choice is what the log called the newest (or the step asked for) when it was made, before and after."""
+        seals = [
+            i
+            for i, r in enumerate(self._log.history)
+            if r["kind"] == "seal" and (r["generation"]["number"], r["generation"]["round"]) == restore.key
+        ]
+        self._require(len(seals) == 1, f"{restore.key} was sealed {len(seals)} times")
+        before = self._log.history[seals[0] - 1]
+        wish = trainer.scenario.wish(trainer.start.number)
+        best = newest(before)
+        if wish.kind == "step":
+            best = [c for c in before["live"] if c["step"] == wish.step][-1]
+        expected = best["prefix"] if best else None
+        chosen = restore.checkpoint.prefix if restore.checkpoint else None
+        self._require(chosen == expected, f"{trainer.name} starts from {chosen}, expected {expected}")
+
+    def told(self, trainer: Trainer) -> None:
+        """What a worker believes about its saves must be so in the log."""
+        for step, outcome in trainer.logic.outcomes.items():
+            if (trainer.name, step) in self._told:
+                continue
+            self._told.add((trainer.name, step))
+            self._world.tell("%s hears: %s", trainer.name, outcome)
+            key = (outcome.generation, step)
+            committed = any((c["generation"], c["step"]) == key for c in self._log.commits)
+            text = f"{trainer.name} is told {outcome}, the log says committed={committed}"
+            self._require(committed == (outcome.state == "committed"), text)
+
+    def closed(self, trainer: Trainer) -> None:
+        """A training process has ended by itself."""
+        steps = {t.name: t.stopped_at for t in trainer.start.trainers if t.ended_well}
+        self._require(len(set(steps.values())) <= 1, f"workers stopped at different steps: {steps}")
+
+    def at_end(self) -> None:
+        """Nobody was told that a save failed that is in the log after all."""
+
+    @staticmethod
+    def _require(holds: bool, text: str) -> None:
+        if not holds:
+            raise Violation("training", text)
+
+
+class MemoryOracle:
+    """Watches the segments."""
+
+    def released(self, slot: Slot, segment: SegmentInfo, agent: Agent) -> None:
+        """A segment is being freed. A zombie of an agent that is gone notices that it holds something else."""
+        writers = [w.name for w in slot.users if isinstance(w, Writer) and w.agent is agent]
+        if writers:
+            raise Violation("memory", f"{slot.name} is freed while {writers} use it")
+        if slot.info != segment or slot.state != "sealed":
+            raise Violation("memory", f"{slot.name} is {slot.state} with {slot.info}, but freed for {segment}")

@@ -1,0 +1,111 @@
+"""What one run simulates: the job, its settings, and which faults may strike. Everything else follows from the seed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import get_args
+
+from ray_ckpt.protocol.messages import JobConfig, Overlap, RestoreWish
+
+NETWORK_FAULTS = ("loss", "duplicate", "delay", "partition")
+STORE_FAULTS = ("store_error", "late_effect", "slow_store", "stale_list")
+CRASH_FAULTS = ("crash_coordinator", "crash_agent", "crash_worker", "crash_writer", "crash_host", "kill_job")
+ZOMBIE_FAULTS = ("zombie_coordinator", "zombie_worker", "zombie_writer")
+FAULTS = (*NETWORK_FAULTS, *STORE_FAULTS, *CRASH_FAULTS, *ZOMBIE_FAULTS)
+
+NEWEST = RestoreWish("newest")
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """One run. Entry k of ``world_sizes`` and ``wishes`` is for start k of the job, the last for all after it.
+
+    ``slack``: how many steps a rank may be ahead of the slowest one of its start (collectives), None for any.
+    ``explicit``: steps at which all ranks call `save()`; ``requests``: times (s) of requests, alternately by a
+    worker and by the driver; ``stop_at``: time of a stop request; ``change_at``: step from which the state has
+    another structure; ``kill_at``: times at which the whole job is killed. ``horizon``: faults end here.
+    ``crashes``: process kind -> numbers of the crash points at which one is killed.
+    """
+
+    seed: int
+    hosts: int = 2
+    world_sizes: tuple[int, ...] = (2,)
+    wishes: tuple[RestoreWish, ...] = (NEWEST,)
+    steps: int = 8
+    stride: int = 1
+    slack: int | None = 2
+    save_steps: int | None = 3
+    save_secs: float | None = None
+    overlap: Overlap = "wait"
+    slots: int = 2
+    max_to_keep: int | None = 2
+    two_writers: bool = False
+    explicit: frozenset[int] = frozenset()
+    requests: tuple[float, ...] = ()
+    stop_at: float | None = None
+    change_at: int | None = None
+    readers: tuple[float, ...] = ()
+    kill_at: tuple[float, ...] = ()
+    horizon: float = 8.0
+    interleaved: bool = False
+    faults: frozenset[str] = frozenset()
+    crashes: Mapping[str, frozenset[int]] = field(default_factory=dict)
+
+    def config(self, start: int) -> JobConfig:
+        """The job's settings at its start number ``start`` (from 0)."""
+        return JobConfig(
+            world_size=self.world_sizes[min(start, len(self.world_sizes) - 1)],
+            save_steps=self.save_steps,
+            save_secs=self.save_secs,
+            stride=self.stride,
+            overlap=self.overlap,
+            slots=self.slots,
+            max_to_keep=self.max_to_keep,
+            save_timeout_s=15.0,
+            settle_timeout_s=6.0,
+            host_timeout_s=4.0,
+            delete_grace_s=2.0,
+        )
+
+    def wish(self, start: int) -> RestoreWish:
+        """What all ranks ask for at this start."""
+        return self.wishes[min(start, len(self.wishes) - 1)]
+
+
+def draw(seed: int) -> Scenario:
+    """A random scenario: first which kinds of fault there are at all, then the job."""
+    rng = random.Random(seed)
+    rate = rng.choice((0.0, 0.15, 0.3, 0.5))
+    faults = frozenset(f for f in FAULTS if rng.random() < rate)
+    hosts = rng.randint(1, 3)
+    sizes = tuple(rng.randint(1, hosts + 1) for _ in range(rng.randint(1, 3)))
+    cadence = rng.choice(("steps", "steps", "seconds", "none"))
+    return Scenario(
+        seed=seed,
+        hosts=hosts,
+        world_sizes=sizes,
+        wishes=(NEWEST, *(_draw_wish(rng) for _ in range(2))),
+        steps=rng.randint(4, 12),
+        stride=rng.choice((1, 1, 1, 2, 3)),
+        slack=rng.choice((0, 1, 3, None)),
+        save_steps=rng.randint(1, 5) if cadence == "steps" else None,
+        save_secs=rng.uniform(0.5, 3.0) if cadence == "seconds" else None,
+        overlap=rng.choice(get_args(Overlap)),
+        slots=rng.choice((1, 2, 2, 3)),
+        max_to_keep=rng.choice((1, 2, 3, None)),
+        two_writers=rng.random() < 0.3,
+        explicit=frozenset(rng.sample(range(1, 12), rng.choice((0, 0, 1, 3)))),
+        requests=tuple(rng.uniform(0.0, 8.0) for _ in range(rng.choice((0, 0, 1, 3)))),
+        stop_at=rng.uniform(1.0, 8.0) if rng.random() < 0.15 else None,
+        change_at=rng.randint(2, 8) if rng.random() < 0.2 else None,
+        readers=tuple(rng.uniform(0.0, 10.0) for _ in range(rng.choice((0, 0, 1, 2)))),
+        kill_at=tuple(rng.uniform(0.5, 8.0) for _ in range(rng.choice((0, 1, 2)))) if "kill_job" in faults else (),
+        interleaved=rng.random() < 0.3,
+        faults=faults,
+    )
+
+
+def _draw_wish(rng: random.Random) -> RestoreWish:
+    return RestoreWish("step", rng.randint(1, 8)) if rng.random() < 0.15 else NEWEST
