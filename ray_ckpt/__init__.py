@@ -1,0 +1,54 @@
+"""ray_ckpt: asynchronous, fenced, sharded checkpoints for Ray training jobs, in files that TensorFlow reads.
+
+Everything is imported on first use: ``import ray_ckpt`` imports neither Ray nor a framework.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ray_ckpt.catalog import CheckpointInfo, Report, checkpoints, load, verify
+    from ray_ckpt.checkpointer import Checkpointer
+    from ray_ckpt.coordinator import request_save, status
+    from ray_ckpt.leaves import PerWorker, Slice
+
+_HOMES = {
+    "CheckpointInfo": "catalog",
+    "Report": "catalog",
+    "checkpoints": "catalog",
+    "load": "catalog",
+    "verify": "catalog",
+    "Checkpointer": "checkpointer",
+    "request_save": "coordinator",
+    "status": "coordinator",
+    "PerWorker": "leaves",
+    "Slice": "leaves",
+}
+
+__all__ = [
+    "CheckpointInfo",
+    "Checkpointer",
+    "PerWorker",
+    "Report",
+    "Slice",
+    "checkpoints",
+    "load",
+    "request_save",
+    "status",
+    "verify",
+]
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'ray_ckpt' has no attribute {name!r}")
+    return getattr(import_module(f"ray_ckpt.{home}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -43,7 +43,7 @@ class Coordinator:
         self._options = dict(storage_options)
         self._single_coordinator = single_coordinator
         self._lease_s = lease_s
-        self._logic = CoordinatorLogic(url, f"{socket.gethostname()}:{os.getpid()}")
+        self._logic = CoordinatorLogic(url, f"{socket.gethostname()}:{os.getpid()}:{time.time_ns():x}")
         self._executor: Executor | None = None
         self._threads = ThreadPoolExecutor(_IO_THREADS, "ray-ckpt-io")
         self._changed = asyncio.Event()

@@ -107,12 +107,11 @@ class Keeper:
 
     def _until_unused(self, prefix: str) -> Generator[Io | Until, Any, None]:
         while True:
+            yield from self._ledger.retry(RepairState())
             pins = yield from self._ledger.retry(ListPins())
             named = yield from self._ledger.retry(ReadState())
             if prefix not in pins and prefix not in named:
                 return
-            if prefix in named:
-                yield from self._ledger.retry(RepairState())
             again = self._ledger.now + _LOOK_AGAIN_S
             yield Until(lambda again=again: self._ledger.now >= again)  # type: ignore[misc]
 

@@ -110,13 +110,17 @@ class WorkerReport:
 
 @dataclass(frozen=True, slots=True)
 class SaveOutcome:
-    """How one save ended. ``prefix`` of a committed one, ``error`` of a failed one."""
+    """How one save ended. ``prefix`` of a committed one, ``error`` of a failed one.
+
+    ``quiet``: it was given up in the course of finding a step that suits all workers; nothing is wrong.
+    """
 
     generation: int
     step: int
     state: Literal["committed", "failed"]
     prefix: str = ""
     error: str = ""
+    quiet: bool = False
 
 
 @dataclass(frozen=True, slots=True)

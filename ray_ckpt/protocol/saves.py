@@ -379,7 +379,7 @@ class Saves:
 
     def _abort(self, save: SaveState) -> None:
         save.to("failed")
-        self._end(save, SaveOutcome(*save.key, "failed", error=save.failure or ""))
+        self._end(save, SaveOutcome(*save.key, "failed", error=save.failure or "", quiet=save.quiet))
         self._ledger.submit(lambda _: self._abort_record(save), lambda _: None)
 
     def _abort_record(self, save: SaveState) -> LogRecord:

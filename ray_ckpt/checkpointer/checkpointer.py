@@ -1,0 +1,364 @@
+"""`Checkpointer`: three lines in a training loop."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import types
+import uuid
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Literal
+
+import ray
+
+from ray_ckpt import log
+from ray_ckpt.checkpointer import restoring
+from ray_ckpt.checkpointer.link import Link
+from ray_ckpt.checkpointer.saving import Saver
+from ray_ckpt.checkpointer.settings import checked, ensure_ray, who_am_i
+from ray_ckpt.coordinator import find, run_id
+from ray_ckpt.errors import SaveError, UsageError
+from ray_ckpt.protocol.messages import JobConfig, Overlap, Proposal, RestoreWish, RunStatus, Trigger
+from ray_ckpt.storage import open_store
+from ray_ckpt.target import restore_state
+
+logger = logging.getLogger(__name__)
+
+_STOP_WAIT_S = 120.0
+_CALL_S = 30.0
+
+Functions = (types.FunctionType, types.MethodType, functools.partial)
+
+
+class Checkpointer:
+    """Saves a training job's state asynchronously and restores it, on any number of hosts.
+
+    Use it in every worker, as a context manager::
+
+        with ray_ckpt.Checkpointer("gs://bucket/run", save_steps=500) as ckpt:
+            state = ckpt.restore(init_state)
+            for step in range((ckpt.restored_step or 0) + 1, 100_001):
+                state = train_step(state)
+                ckpt.step(step, state)
+                if ckpt.should_stop:
+                    break
+
+    Args:
+        url: the run's directory, any URL that `ray_ckpt.storage` knows. It is the run's identity.
+        save_steps, save_secs: the cadence, one of them or neither (then `save` and `request_save` only).
+        rank, world_size: by default Ray Train's, else those of a multi-process JAX, else 0 and 1.
+        max_to_keep, keep_every_steps, keep_every_hours: retention; None keeps all.
+        overlap: what a due save does while all snapshot memory is still being written: "wait" for it in `step()`,
+            "skip" the save or "coalesce" it into the next possible one, both decided for all workers at once.
+        on_error: "warn" (default) goes on after a failed background save, up to ``max_failures`` in a row, then
+            stops all workers at one step with the cause; "raise" does so after the first.
+        stride: steps between two calls of `step`.
+        fresh: start without `restore` in a directory that holds checkpoints; they are superseded.
+        snapshots: how many snapshots of the state a host's memory may hold.
+        memory_dir: a folder for snapshots instead of the machine's tmpfs, a local SSD for one.
+        start_timeout_s: how long to wait for all workers at the start.
+        save_timeout_s: after that a save that is not committed is abandoned.
+        delete_grace_s: how long a deleted checkpoint's data outlives its index, for readers without a pin.
+        storage_options: for the fsspec file system.
+        single_coordinator: allow a store that cannot create objects exclusively; see `open_store`.
+
+    Raises:
+        UsageError, MissingExtraError: settings that cannot work.
+        StorageError: the directory cannot be written.
+    """
+
+    def __init__(
+        self,
+        url: str | os.PathLike[str],
+        *,
+        save_steps: int | None = None,
+        save_secs: float | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+        max_to_keep: int | None = 5,
+        keep_every_steps: int | None = None,
+        keep_every_hours: float | None = None,
+        overlap: Overlap = "wait",
+        on_error: Literal["warn", "raise"] = "warn",
+        max_failures: int = 3,
+        stride: int = 1,
+        fresh: bool = False,
+        snapshots: int = 2,
+        writers_per_host: int = 2,
+        memory_dir: str | os.PathLike[str] | None = None,
+        start_timeout_s: float = 600.0,
+        save_timeout_s: float = 1800.0,
+        settle_timeout_s: float = 120.0,
+        host_timeout_s: float = 30.0,
+        delete_grace_s: float = 60.0,
+        storage_options: Mapping[str, Any] | None = None,
+        single_coordinator: bool = False,
+    ) -> None:
+        if on_error not in ("warn", "raise"):
+            raise UsageError(f'on_error must be "warn" or "raise", found {on_error!r}')
+        self.rank, self.world_size = who_am_i(rank, world_size)
+        config = checked(
+            JobConfig(
+                world_size=self.world_size,
+                save_steps=save_steps,
+                save_secs=save_secs,
+                stride=stride,
+                overlap=overlap,
+                slots=snapshots,
+                max_failures=1 if on_error == "raise" else max_failures,
+                max_to_keep=max_to_keep,
+                keep_every_steps=keep_every_steps,
+                keep_every_hours=keep_every_hours,
+                save_timeout_s=save_timeout_s,
+                settle_timeout_s=settle_timeout_s,
+                host_timeout_s=host_timeout_s,
+                delete_grace_s=delete_grace_s,
+                fresh=fresh,
+            )
+        )
+        self._store = open_store(url, storage_options=storage_options, single_coordinator=single_coordinator)
+        if self.rank == 0:
+            self._store.check()
+        self.url = self._store.url
+        self.should_stop = False
+        self._config = config
+        self._start_timeout_s = start_timeout_s
+        self._last: tuple[int, Any] | None = None
+        self._ready = False
+        self._closed = False
+        ensure_ray()
+        self._link = Link(
+            self.url,
+            self.rank,
+            config,
+            storage_options=storage_options or {},
+            single_coordinator=single_coordinator,
+            max_writes=writers_per_host,
+            memory_folder=None if memory_dir is None else os.fspath(memory_dir),
+        )
+        self._saver = Saver(self._link, run_id(self.url), config)
+        self._link.open()
+
+    # -- restore ------------------------------------------------------------------------------------------
+
+    def restore(
+        self,
+        like: Any = None,
+        step: int | None = None,
+        *,
+        missing: Literal["init", "error"] = "init",
+        partial: bool = False,
+        **options: Any,
+    ) -> Any:
+        """The state of the newest checkpoint (or of ``step``), sharded as ``like`` is, on all workers the same one.
+
+        ``like``: a state, an abstract one (shapes, dtypes, shardings) or a function that makes a fresh state; that
+        one runs only if there is no checkpoint. ``missing="error"`` raises then. ``partial`` and further options
+        go to `target.restore_state` (``rename``, ``cast``). After an explicit older ``step``, newer checkpoints are
+        superseded: never the default again, and the first to be deleted.
+
+        Raises:
+            UsageError: called twice, or after the first step.
+            MismatchError: the checkpoint and ``like`` differ; lists the leaves.
+            NoCheckpointError, DamagedError, UnavailableError.
+        """
+        self._check_open()
+        if self._link.logic.has_wish:
+            raise UsageError("restore() was called already, or step() before it: restore once, before the first step")
+        if missing not in ("init", "error"):
+            raise UsageError(f'missing must be "init" or "error", found {missing!r}')
+        wish = RestoreWish("newest") if step is None else RestoreWish("step", step)
+
+        def read(stored: Any) -> Any:
+            return restore_state(stored, like, rank=self.rank, world_size=self.world_size, partial=partial, **options)
+
+        found, state = restoring.restore(self._link, self._store, wish, read, self._start_timeout_s)
+        if found is None:
+            if missing == "error":
+                raise restoring.nothing_found(self.url)
+            state = like() if _is_function(like) else like
+        self._saver.register(state)
+        self._ready = True
+        return state
+
+    @property
+    def restored_step(self) -> int | None:
+        """The step that `restore` found; None on a fresh start."""
+        return self._link.logic.restored_step
+
+    # -- the training loop ----------------------------------------------------------------------------------
+
+    def step(self, step: int, state: Any) -> None:
+        """Tell that ``step`` training steps are completed, with this state; saves it if that is due.
+
+        ``state`` may be a function that returns it, called only when a save is due. It may change as soon as
+        this returns. Costs microseconds when nothing is due.
+
+        Raises:
+            UsageError: steps go back.
+            StateError: the state cannot be saved; names the leaf.
+            SaveError: background saves failed and all workers stop here (see ``on_error``).
+            FencedError: a newer start of the job has taken over.
+        """
+        link = self._link
+        if not self._ready or link.trouble is not None:
+            self._prepare(state)
+        with link.condition:
+            due = link.logic.arrive(step)
+        self._last = (step, state)
+        if due is None:
+            return
+        if due.snapshot is not None:
+            self._saver.save(step, _resolve(state), due.snapshot)
+        if due.stop is not None:
+            self._heed(due.stop)
+
+    def save(self, step: int, state: Any, *, force: bool = False) -> None:
+        """Save this step now, in the background; call it on every worker with the same step.
+
+        The step that was restored is not saved again, unless ``force``.
+        """
+        if not self._ready or self._link.trouble is not None:
+            self._prepare(state)
+        self._last = (step, state)
+        if step == self.restored_step and not force:
+            logger.info("step %d was restored from %s and is saved already", step, self.url)
+            return
+        self._save_asked(step, state, "explicit")
+
+    def _save_asked(self, step: int, state: Any, trigger: Trigger) -> None:
+        with self._link.condition:
+            due = self._link.logic.arrive(step, ask=trigger)
+        if due is not None and due.snapshot is not None:
+            self._saver.save(step, _resolve(state), due.snapshot)
+        if due is not None and due.stop is not None:
+            self._heed(due.stop)
+
+    def _prepare(self, state: Any) -> None:
+        """The first call: all workers have joined, and the structure of the state is known."""
+        self._check_open()
+        if self._link.trouble is not None:
+            raise self._link.trouble
+        if not self._link.logic.has_wish:
+            restoring.restore(self._link, self._store, RestoreWish("none"), lambda _: None, self._start_timeout_s)
+        self._saver.register(_resolve(state))
+        self._ready = True
+
+    def _heed(self, stop: Proposal) -> None:
+        """Wait until it is sure that all workers stop at this step, so that none enters a collective alone."""
+        link = self._link
+        link.courier.nudge()
+        what = f"the decision to stop at step {stop.step}"
+        link.wait(lambda: link.logic.stop_state(stop) != "open", _STOP_WAIT_S, what)
+        if link.logic.stop_state(stop) == "decided":
+            if stop.error is not None:
+                raise SaveError(f"{self.url}: all workers stop at step {stop.step}: {stop.error}")
+            self.should_stop = True
+
+    def request_save(self, reason: str = "request_save()") -> str:
+        """Ask for a save at the next step that all workers can agree on; from any worker, any thread."""
+        request_id = uuid.uuid4().hex
+        with self._link.condition:
+            self._link.logic.request(request_id, reason)
+        self._link.courier.nudge()
+        return request_id
+
+    def request_stop(self, reason: str = "request_stop()") -> None:
+        """Have all workers save and stop at the same step: `should_stop` becomes true on each."""
+        with self._link.condition:
+            self._link.logic.request_stop(reason)
+        self._link.courier.nudge()
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Wait until every snapshot taken so far is committed or has failed.
+
+        Raises:
+            SaveError: one of them failed; the text says which and why.
+            UnavailableError: not in time; names who is late.
+        """
+        logic = self._link.logic
+        with self._link.condition:
+            awaited = list(logic.undecided)
+        limit = timeout_s if timeout_s is not None else self._config.save_timeout_s + _CALL_S
+        self._link.wait(lambda: not any(s in logic.undecided for s in awaited), limit, f"the saves of steps {awaited}")
+        ended = [logic.outcomes[s] for s in awaited if s in logic.outcomes]
+        failed = [outcome for outcome in ended if outcome.state == "failed" and not outcome.quiet]
+        if failed:
+            raise SaveError(f"{self.url}: step {failed[-1].step} was not saved: {failed[-1].error}")
+
+    # -- looking --------------------------------------------------------------------------------------------
+
+    def latest_step(self) -> int | None:
+        """The newest committed step that is not superseded, None if there is none."""
+        steps = [c.step for c in log.live_checkpoints(self._store) if not c.superseded]
+        return steps[-1] if steps else None
+
+    def all_steps(self) -> list[int]:
+        """All committed steps that are not superseded, in the order of their commits."""
+        return [c.step for c in log.live_checkpoints(self._store) if not c.superseded]
+
+    def status(self) -> RunStatus:
+        """What the coordinator is doing: saves under way and what they wait for."""
+        found: RunStatus = ray.get(find(self.url).status.remote(), timeout=_CALL_S)
+        return found
+
+    @property
+    def stall_s(self) -> float:
+        """Seconds that the training thread has spent in snapshots, waiting included."""
+        return self._saver.stall_s
+
+    # -- the end --------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._leave()
+
+    def close(self) -> None:
+        """Save the last step if it is not saved yet, wait for all saves, and leave. May be called again.
+
+        Raises:
+            SaveError: the last save failed.
+        """
+        if self._closed:
+            return
+        try:
+            if self._last is not None and self._ready and self._link.trouble is None:
+                self._save_asked(*self._last, "final")
+            with self._link.condition:
+                self._link.logic.finish()
+            self._link.courier.nudge()
+            self.wait()
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._last = None
+        with self._link.condition:
+            self._link.logic.finish()
+        self._link.close()
+        self._saver.slots.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UsageError("this Checkpointer is closed: make a new one")
+
+
+def _is_function(value: Any) -> bool:
+    return isinstance(value, Functions) or (callable(value) and hasattr(value, "lower"))
+
+
+def _resolve(state: Any) -> Any:
+    """The state itself, where a function stands for it."""
+    return state() if isinstance(state, Functions) else state

@@ -1,0 +1,124 @@
+"""The thread that carries a worker's reports to its host's agent and the coordinator's views back."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from ray_ckpt.protocol.worker import WorkerLogic
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 1.0
+_AGAIN_S = 0.5
+_LAST_WORD_S = 5.0
+
+
+class Courier:
+    """Keeps one question open at the agent, so that news come at once, and asks again when there is news to tell.
+
+    ``condition`` guards the logic; it is notified after each view. ``find`` looks the agent up (again).
+    ``on_view`` runs in this thread after each view, without the lock.
+    """
+
+    def __init__(
+        self,
+        logic: WorkerLogic,
+        condition: threading.Condition,
+        find: Callable[[], Any],
+        on_view: Callable[[], None],
+    ) -> None:
+        self._logic = logic
+        self._condition = condition
+        self._find = find
+        self._on_view = on_view
+        self._agent: Any = None
+        self._wake = threading.Event()
+        self._news = False
+        self._closing = False
+        self._open: list[Any] = []
+        self._seen = (0, -1)
+        self._thread = threading.Thread(target=self._run, name="ray-ckpt-courier", daemon=True)
+
+    def start(self) -> None:
+        """Find the agent, then run in the background. Raises `RayError` if there can be none."""
+        self._agent = self._find()
+        self._thread.start()
+
+    def call(self, method: str, *arguments: Any, timeout_s: float) -> Any:
+        """Call the agent and wait; not for the training thread's usual path."""
+        return ray.get(getattr(self._agent, method).remote(*arguments), timeout=timeout_s)
+
+    def nudge(self) -> None:
+        """There is something new to report."""
+        self._news = True
+        self._wake.set()
+
+    def close(self) -> None:
+        """Stop, with one last report."""
+        if not self._closing and self._thread.is_alive():
+            self._closing = True
+            self._wake.set()
+            self._thread.join(_LAST_WORD_S)
+            with contextlib.suppress(RayError, TimeoutError):
+                ray.get(self._ask(0.0), timeout=_LAST_WORD_S)
+
+    def _ask(self, wait_s: float) -> Any:
+        with self._condition:
+            report = self._logic.report()
+        return self._agent.sync.remote(report, os.getpid(), self._seen, wait_s)
+
+    def _run(self) -> None:
+        self._send(_POLL_S)
+        while not self._closing:
+            self._wake.wait()
+            self._wake.clear()
+            try:
+                self._collect()
+            except RayError as error:
+                self._recover(error)
+            if self._news:
+                self._news = False
+                self._send(0.0)
+            if not self._open:
+                self._send(_POLL_S)
+
+    def _send(self, wait_s: float) -> None:
+        ref = self._ask(wait_s)
+        self._open.append(ref)
+        ref.future().add_done_callback(lambda _: self._wake.set())
+
+    def _collect(self) -> None:
+        """Take in every answer that is there."""
+        if not self._open:
+            return
+        ready, self._open = ray.wait(self._open, num_returns=len(self._open), timeout=0)
+        for ref in ready:
+            answer = ray.get(ref)
+            if answer is None:
+                continue
+            epoch, version, view = answer
+            with self._condition:
+                self._logic.on_view(epoch, version, view)
+                self._seen = max(self._seen, (epoch, version))
+                self._condition.notify_all()
+            self._on_view()
+
+    def _recover(self, error: RayError) -> None:
+        """The agent does not answer: Ray restarts it, or a new one is started."""
+        logger.warning("the host's agent does not answer (%s): looking for it again", type(error).__name__)
+        self._open = []
+        time.sleep(_AGAIN_S)
+        try:
+            self._agent = self._find()
+        except (RayError, ValueError) as again:
+            logger.warning("no agent yet: %s", again)
+        self._wake.set()

@@ -1,0 +1,121 @@
+"""A worker's connection: its machine, the courier, and waits that end with an answer or name who is late."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ray
+
+from ray_ckpt import errors
+from ray_ckpt.agent import find_or_start_agent
+from ray_ckpt.checkpointer.courier import Courier
+from ray_ckpt.coordinator import find_or_start
+from ray_ckpt.errors import FencedError, RayCkptError, UnavailableError
+from ray_ckpt.protocol.messages import JobConfig
+from ray_ckpt.protocol.worker import WorkerLogic
+
+logger = logging.getLogger(__name__)
+
+_SLICE_S = 1.0
+
+
+class Link:
+    """Holds the `WorkerLogic` of this process and the lock around it."""
+
+    def __init__(
+        self,
+        url: str,
+        rank: int,
+        config: JobConfig,
+        *,
+        storage_options: Mapping[str, Any],
+        single_coordinator: bool,
+        max_writes: int,
+        memory_folder: str | None,
+    ) -> None:
+        self.url = url
+        self.rank = rank
+        self.node_id = ray.get_runtime_context().get_node_id()
+        self.logic = WorkerLogic(uuid.uuid4().hex[:16], rank, config)
+        self.condition = threading.Condition()
+        self.trouble: RayCkptError | None = None
+        self.on_view: Callable[[], None] = lambda: None
+        self._options = dict(storage_options)
+        self._single_coordinator = single_coordinator
+        self._max_writes = max_writes
+        self._memory_folder = memory_folder
+        self._told: set[int] = set()
+        self.courier = Courier(self.logic, self.condition, self._find, self._viewed)
+
+    def open(self) -> None:
+        """Find or start the coordinator and this host's agent, and begin to report."""
+        find_or_start(self.url, self._options, single_coordinator=self._single_coordinator)
+        self.courier.start()
+
+    def _find(self) -> Any:
+        return find_or_start_agent(
+            self.url,
+            self._options,
+            node_id=self.node_id,
+            single_coordinator=self._single_coordinator,
+            max_writes=self._max_writes,
+            memory_folder=self._memory_folder,
+        )
+
+    def _viewed(self) -> None:
+        """In the courier's thread, after each view."""
+        logic = self.logic
+        if logic.refused is not None and self.trouble is None:
+            self.trouble = FencedError(f"rank {self.rank} of {self.url}: {logic.refused}")
+        with self.condition:
+            fresh = [o for step, o in sorted(logic.outcomes.items()) if step not in self._told]
+            self._told = set(logic.outcomes)
+        for outcome in fresh:
+            if outcome.quiet:
+                logger.debug("step %d: %s", outcome.step, outcome.error)
+            elif outcome.state == "failed":
+                logger.warning("step %d was not saved: %s; training goes on", outcome.step, outcome.error)
+            elif self.rank == 0:
+                logger.info("step %d is committed as %s/%s", outcome.step, self.url, outcome.prefix)
+        self.on_view()
+
+    @property
+    def problem(self) -> RayCkptError | None:
+        """Why waiting on is pointless: this process is not wanted any more, or the job cannot go on."""
+        if self.trouble is not None:
+            return self.trouble
+        found = self.logic.error
+        if found is None:
+            return None
+        kind: type[RayCkptError] = getattr(errors, found.kind)
+        return kind(f"{self.url}: {found.text}")
+
+    def wait(self, done: Callable[[], bool], timeout_s: float, what: str) -> None:
+        """Wait until ``done()``, which is called with the lock held.
+
+        Raises:
+            RayCkptError: the job cannot go on.
+            UnavailableError: the time is over; names who is late.
+        """
+        deadline = time.monotonic() + timeout_s
+        with self.condition:
+            while not done():
+                problem = self.problem
+                if problem is not None:
+                    raise problem
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    late = self.logic.late or "the host's agent has not answered"
+                    raise UnavailableError(
+                        f"rank {self.rank} of {self.url} waited {timeout_s:.0f} s for {what}; late is: {late}"
+                    )
+                self.condition.wait(min(left, _SLICE_S))
+
+    def close(self) -> None:
+        """Say goodbye; what is sealed is saved without this process."""
+        self.courier.close()

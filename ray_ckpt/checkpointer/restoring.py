@@ -1,0 +1,95 @@
+"""All ranks restore the same checkpoint: the coordinator chooses, every rank reads its part and says how it went."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from ray_ckpt import log
+from ray_ckpt.checkpointer.link import Link
+from ray_ckpt.errors import DamagedError, NoCheckpointError, ObjectMissingError
+from ray_ckpt.protocol.messages import RestoreDecision, RestoreResult, RestoreWish
+from ray_ckpt.restore import StoredCheckpoint, open_checkpoint
+from ray_ckpt.storage import Store
+from ray_ckpt.types import Checkpoint
+
+logger = logging.getLogger(__name__)
+
+Read = Callable[[StoredCheckpoint], Any]
+
+
+def restore(link: Link, store: Store, wish: RestoreWish, read: Read, timeout_s: float) -> tuple[Checkpoint | None, Any]:
+    """The checkpoint that all ranks took (None: there is none) and what ``read`` made of it.
+
+    A damaged checkpoint is reported; then all ranks, also those that had read it already, take the next older one.
+
+    Raises:
+        CheckpointError: the step asked for is not there or is damaged, or no checkpoint can be read.
+        UnavailableError: not all ranks came; names who is late.
+    """
+    with link.condition:
+        link.logic.wish(wish)
+    link.courier.nudge()
+    key = (0, 0)
+    while True:
+        decision = _next_decision(link, key, timeout_s)
+        key = decision.key
+        value, damage = _read(link, store, decision, read)
+        with link.condition:
+            link.logic.restore_read(RestoreResult(*key, damage))
+        link.courier.nudge()
+        if damage is not None:
+            logger.warning("%s: %s; asking for an older checkpoint", link.url, damage)
+            continue
+        if not _decided_anew(link, decision, timeout_s):
+            _tell(link, decision)
+            return decision.checkpoint, value
+
+
+def _decided_anew(link: Link, decision: RestoreDecision, timeout_s: float) -> bool:
+    """Wait for all ranks; True if one of them found damage, so that another choice was made."""
+
+    def anew() -> bool:
+        present = link.logic.restore
+        return present is not None and present.key > decision.key
+
+    link.wait(lambda: link.logic.restore_done or anew(), timeout_s, "all ranks to have restored")
+    return anew()
+
+
+def _next_decision(link: Link, key: tuple[int, int], timeout_s: float) -> RestoreDecision:
+    def decided() -> bool:
+        found = link.logic.restore
+        return found is not None and found.key > key
+
+    link.wait(decided, timeout_s, "the choice of a checkpoint to start from")
+    found = link.logic.restore
+    assert found is not None
+    return found
+
+
+def _read(link: Link, store: Store, decision: RestoreDecision, read: Read) -> tuple[Any, str | None]:
+    """(value, None) or (None, what is damaged)."""
+    chosen = decision.checkpoint
+    if decision.note:
+        logger.warning("%s: %s", link.url, decision.note)
+    if chosen is None:
+        return None, None
+    try:
+        with log.pin(store, chosen.prefix, by=f"rank {link.rank} of generation {decision.generation}"):
+            return read(open_checkpoint(store, chosen)), None
+    except (DamagedError, ObjectMissingError) as error:
+        return None, str(error)
+
+
+def _tell(link: Link, decision: RestoreDecision) -> None:
+    if decision.checkpoint is None:
+        logger.info("no checkpoint in %s: starting afresh", link.url)
+    else:
+        logger.info("restored step %d from %s/%s", decision.checkpoint.step, link.url, decision.checkpoint.prefix)
+
+
+def nothing_found(url: str) -> NoCheckpointError:
+    """The error where a checkpoint had to be there."""
+    return NoCheckpointError(f'no checkpoint in {url}, and restore(missing="error") was asked for: check the URL')

@@ -1,0 +1,166 @@
+"""The part of a save that happens in the training thread: layout, plan, free memory, copy."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from ray_ckpt.checkpointer.link import Link
+from ray_ckpt.checkpointer.slots import Slots
+from ray_ckpt.errors import RayCkptError, UnavailableError
+from ray_ckpt.leaves.layout import layout_of
+from ray_ckpt.protocol.messages import JobConfig, Trigger
+from ray_ckpt.snapshot import SaveId, Segment, SegmentTooSmallError, needed_nbytes, take_snapshot
+from ray_ckpt.types import Layout, RankPlan
+
+logger = logging.getLogger(__name__)
+
+_STRING_ROOM_NBYTES = 1 << 20
+"""Room for leaves without a fixed size, before the first save shows how large they are."""
+
+_PREPARE_S = 600.0
+
+
+class Saver:
+    """Takes this rank's snapshots. ``stall_s`` is the time that training has lost to it."""
+
+    def __init__(self, link: Link, run: str, config: JobConfig) -> None:
+        self._link = link
+        self._run = run
+        self._config = config
+        self._fingerprint: str | None = None
+        self._first = True
+        self.stall_s = 0.0
+        self.slots = Slots(self._prepare, self._notify)
+        link.on_view = self._on_view
+
+    def register(self, state: Any) -> None:
+        """Tell the structure of the state ahead of the first save, so that plan and memory are ready for it."""
+        layout, _ = layout_of(state, self._link.rank, self._config.world_size)
+        self._set_layout(layout, None)
+
+    def save(self, step: int, state: Any, trigger: Trigger) -> None:
+        """Snapshot this rank's share of the state, or report that it could not be done.
+
+        Raises:
+            StateError: the state cannot be saved.
+            RayCkptError: the job cannot go on.
+        """
+        due, began = time.time(), time.monotonic()
+        try:
+            self._save(step, state, trigger, due)
+        except UnavailableError as error:
+            self._skip(step, str(error))
+        except RayCkptError as error:
+            self._skip(step, str(error))
+            raise
+        finally:
+            self._link.courier.nudge()
+            self.stall_s += time.monotonic() - began
+
+    def _save(self, step: int, state: Any, trigger: Trigger, due: float) -> None:
+        layout, values = layout_of(state, self._link.rank, self._config.world_size)
+        if layout.fingerprint != self._fingerprint:
+            self._set_layout(layout, step)
+        plan = self._plan(step)
+        if plan is None:
+            return
+        nbytes = needed_nbytes(plan, layout, values)
+        segment = self._memory(step, nbytes)
+        while segment is not None:
+            try:
+                take_snapshot(
+                    segment, plan, layout, values, self._save_id(step, plan, layout, trigger, due),
+                    full_digests=self._first,
+                )  # fmt: skip
+            except SegmentTooSmallError as error:
+                # A string has grown between measuring and copying: another thread changes the state.
+                segment = self._memory(step, 2 * error.needed_nbytes)
+                continue
+            self._first = False
+            with self._link.condition:
+                self._link.logic.snapshotted(step, trigger)
+            return
+
+    def _plan(self, step: int) -> RankPlan | None:
+        """The plan for the registered layout; None if the save failed while it was waited for."""
+        logic = self._link.logic
+        self._link.wait(
+            lambda: logic.plan_ready is not None or step in logic.outcomes,
+            self._config.save_timeout_s,
+            f"the plan of who writes what at step {step}",
+        )
+        return logic.plan_ready
+
+    def _memory(self, step: int, nbytes: int) -> Segment | None:
+        """A free segment; None if the save failed while it was waited for."""
+        if nbytes > self.slots.nbytes:
+            self.slots.grow(nbytes + _STRING_ROOM_NBYTES)
+        found: list[Segment] = []
+
+        def ready() -> bool:
+            if self.slots.error is not None or step in self._link.logic.outcomes:
+                return True
+            if nbytes > self.slots.nbytes:
+                self.slots.grow(nbytes + _STRING_ROOM_NBYTES)
+            segment = self.slots.free(nbytes)
+            found.extend([segment] if segment is not None else [])
+            return segment is not None
+
+        self._link.wait(ready, self._config.save_timeout_s, f"free snapshot memory ({nbytes} bytes) at step {step}")
+        if not found and self.slots.error is not None:
+            raise self.slots.error
+        return found[0] if found else None
+
+    def _save_id(self, step: int, plan: RankPlan, layout: Layout, trigger: Trigger, due: float) -> SaveId:
+        generation = self._link.logic.generation
+        assert generation is not None
+        return SaveId(
+            run=self._run,
+            generation=generation,
+            step=step,
+            rank=self._link.rank,
+            world_size=self._config.world_size,
+            plan_id=plan.plan_id,
+            trigger=trigger,
+            fingerprint=layout.fingerprint,
+            writers=len(plan.writers),
+            writer_base=plan.writer_base,
+            num_writers=plan.num_writers,
+            due=due,
+        )
+
+    def _skip(self, step: int, reason: str) -> None:
+        logger.warning("rank %d could not snapshot step %d: %s", self._link.rank, step, reason)
+        with self._link.condition:
+            self._link.logic.skip(step, reason)
+
+    def _set_layout(self, layout: Layout, waiting_step: int | None) -> None:
+        self._fingerprint = layout.fingerprint
+        with self._link.condition:
+            self._link.logic.set_layout(layout, waiting_step)
+        self._link.courier.nudge()
+
+    # -- off the training thread ------------------------------------------------------------------------
+
+    def _on_view(self) -> None:
+        plan = self._link.logic.plan_ready
+        if plan is not None and plan.fixed_nbytes > self.slots.nbytes and self.slots.error is None:
+            self.slots.grow(plan.fixed_nbytes + _STRING_ROOM_NBYTES)
+
+    def _prepare(self, nbytes: int) -> list[str]:
+        try:
+            paths: list[str] = self._link.courier.call(
+                "prepare", self._link.rank, nbytes, self._config.slots, timeout_s=_PREPARE_S
+            )
+        except RayCkptError:
+            raise
+        except Exception as error:
+            raise UnavailableError(f"the agent of this host made no snapshot memory: {error}") from error
+        return paths
+
+    def _notify(self) -> None:
+        with self._link.condition:
+            self._link.condition.notify_all()
+        self._link.courier.nudge()

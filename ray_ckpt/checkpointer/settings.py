@@ -1,0 +1,87 @@
+"""The user's settings, checked: who this worker is, when to save, what to keep."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import fields
+
+import ray
+
+from ray_ckpt.errors import UsageError
+from ray_ckpt.protocol.messages import JobConfig
+
+_COUNTS = "world_size save_steps stride slots max_tries max_failures max_to_keep keep_every_steps"
+_TIMES = "save_secs keep_every_hours save_timeout_s settle_timeout_s host_timeout_s"
+_WHOLE = frozenset(_COUNTS.split())
+_POSITIVE = _WHOLE | frozenset(_TIMES.split())
+_OVERLAPS = ("wait", "skip", "coalesce")
+
+
+def checked(config: JobConfig) -> JobConfig:
+    """The settings themselves.
+
+    Raises:
+        UsageError: names the setting, what was expected and what was found.
+    """
+    if config.save_steps is not None and config.save_secs is not None:
+        raise UsageError("give save_steps or save_secs, not both; request_save() asks for a save at any time")
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if value is None or field.name not in _POSITIVE:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UsageError(f"{field.name} must be a number, found {value!r}")
+        if field.name in _WHOLE and not isinstance(value, int):
+            raise UsageError(f"{field.name} must be a whole number, found {value!r}")
+        if not value > 0:
+            raise UsageError(f"{field.name} must be positive, found {value!r}")
+    if config.overlap not in _OVERLAPS:
+        raise UsageError(f"overlap must be one of {', '.join(_OVERLAPS)}, found {config.overlap!r}")
+    if not config.delete_grace_s >= 0:
+        raise UsageError(f"delete_grace_s must not be negative, found {config.delete_grace_s!r}")
+    return config
+
+
+def who_am_i(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    """(rank, world size): as given, else Ray Train's, else those of a multi-process JAX, else (0, 1).
+
+    Raises:
+        UsageError: only one is given, or they do not fit together.
+    """
+    if (rank is None) != (world_size is None):
+        raise UsageError(f"give rank and world_size together, found rank={rank!r} and world_size={world_size!r}")
+    if rank is None or world_size is None:
+        rank, world_size = _from_ray_train() or _from_jax() or (0, 1)
+    for name, value in (("rank", rank), ("world_size", world_size)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise UsageError(f"{name} must be a whole number, found {value!r}")
+    if world_size < 1 or not 0 <= rank < world_size:
+        raise UsageError(f"rank must be one of 0 to world_size - 1, found rank={rank} and world_size={world_size}")
+    return rank, world_size
+
+
+def _from_ray_train() -> tuple[int, int] | None:
+    if "ray.train" not in sys.modules:
+        return None
+    import ray.train
+
+    try:
+        context = ray.train.get_context()
+        return int(context.get_world_rank()), int(context.get_world_size())
+    except (RuntimeError, AttributeError, TypeError):
+        # Not in a training worker.
+        return None
+
+
+def _from_jax() -> tuple[int, int] | None:
+    jax = sys.modules.get("jax")
+    if jax is None:
+        return None
+    client = getattr(jax.distributed, "is_initialized", lambda: False)
+    return (jax.process_index(), jax.process_count()) if client() else None
+
+
+def ensure_ray() -> None:
+    """Connect to the Ray that started this process, or start a local one, never joining somebody else's."""
+    if not ray.is_initialized():
+        ray.init(address="local", include_dashboard=False, log_to_driver=True)
