@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ray_ckpt.catalog import CheckpointInfo, Report, checkpoints, load, verify
-    from ray_ckpt.checkpointer import Checkpointer
+    from ray_ckpt.checkpointer import Checkpointer, Timeouts
     from ray_ckpt.coordinator import request_save, status
     from ray_ckpt.leaves import PerWorker, Slice
 
@@ -25,6 +25,7 @@ _HOMES = {
     "status": "coordinator",
     "PerWorker": "leaves",
     "Slice": "leaves",
+    "Timeouts": "checkpointer",
 }
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "PerWorker",
     "Report",
     "Slice",
+    "Timeouts",
     "checkpoints",
     "load",
     "request_save",

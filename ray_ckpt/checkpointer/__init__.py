@@ -1,5 +1,6 @@
 """What a training loop uses: `Checkpointer`."""
 
 from ray_ckpt.checkpointer.checkpointer import Checkpointer
+from ray_ckpt.checkpointer.settings import Timeouts
 
-__all__ = ["Checkpointer"]
+__all__ = ["Checkpointer", "Timeouts"]

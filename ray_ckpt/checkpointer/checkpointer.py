@@ -15,9 +15,9 @@ import ray
 
 from ray_ckpt import log
 from ray_ckpt.checkpointer import restoring
-from ray_ckpt.checkpointer.link import Link
+from ray_ckpt.checkpointer.link import Home, Link
 from ray_ckpt.checkpointer.saving import Saver
-from ray_ckpt.checkpointer.settings import checked, ensure_ray, who_am_i
+from ray_ckpt.checkpointer.settings import DEFAULT_TIMEOUTS, Timeouts, checked, ensure_ray, who_am_i
 from ray_ckpt.coordinator import find, run_id
 from ray_ckpt.errors import SaveError, UsageError
 from ray_ckpt.protocol.messages import JobConfig, Overlap, Proposal, RestoreWish, RunStatus, Trigger
@@ -58,8 +58,7 @@ class Checkpointer:
         fresh: start without `restore` in a directory that holds checkpoints; they are superseded.
         snapshots: how many snapshots of the state a host's memory may hold.
         memory_dir: a folder for snapshots instead of the machine's tmpfs, a local SSD for one.
-        start_timeout_s: how long to wait for all workers at the start.
-        save_timeout_s: after that a save that is not committed is abandoned.
+        timeouts: after which every wait ends in a decision, see `Timeouts`.
         delete_grace_s: how long a deleted checkpoint's data outlives its index, for readers without a pin.
         storage_options: for the fsspec file system.
         single_coordinator: allow a store that cannot create objects exclusively; see `open_store`.
@@ -88,10 +87,7 @@ class Checkpointer:
         snapshots: int = 2,
         writers_per_host: int = 2,
         memory_dir: str | os.PathLike[str] | None = None,
-        start_timeout_s: float = 600.0,
-        save_timeout_s: float = 1800.0,
-        settle_timeout_s: float = 120.0,
-        host_timeout_s: float = 30.0,
+        timeouts: Timeouts = DEFAULT_TIMEOUTS,
         delete_grace_s: float = 60.0,
         storage_options: Mapping[str, Any] | None = None,
         single_coordinator: bool = False,
@@ -111,33 +107,32 @@ class Checkpointer:
                 max_to_keep=max_to_keep,
                 keep_every_steps=keep_every_steps,
                 keep_every_hours=keep_every_hours,
-                save_timeout_s=save_timeout_s,
-                settle_timeout_s=settle_timeout_s,
-                host_timeout_s=host_timeout_s,
+                save_timeout_s=timeouts.save_s,
+                settle_timeout_s=timeouts.settle_s,
+                host_timeout_s=timeouts.host_s,
                 delete_grace_s=delete_grace_s,
                 fresh=fresh,
             )
         )
+        self._config = config
+        self._start_timeout_s = timeouts.start_s
         self._store = open_store(url, storage_options=storage_options, single_coordinator=single_coordinator)
         if self.rank == 0:
             self._store.check()
         self.url = self._store.url
         self.should_stop = False
-        self._config = config
-        self._start_timeout_s = start_timeout_s
         self._last: tuple[int, Any] | None = None
         self._ready = False
         self._closed = False
-        ensure_ray()
-        self._link = Link(
-            self.url,
-            self.rank,
-            config,
-            storage_options=storage_options or {},
+        home = Home(
+            url=self.url,
+            storage_options=dict(storage_options or {}),
             single_coordinator=single_coordinator,
             max_writes=writers_per_host,
             memory_folder=None if memory_dir is None else os.fspath(memory_dir),
         )
+        ensure_ray()
+        self._link = Link(home, self.rank, config)
         self._saver = Saver(self._link, run_id(self.url), config)
         self._link.open()
 

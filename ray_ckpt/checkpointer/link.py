@@ -7,6 +7,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -24,47 +25,47 @@ logger = logging.getLogger(__name__)
 _SLICE_S = 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class Home:
+    """Where a run lives: its directory, and how each host reaches it and holds its snapshots."""
+
+    url: str
+    storage_options: Mapping[str, Any]
+    single_coordinator: bool
+    max_writes: int
+    memory_folder: str | None
+
+
 class Link:
     """Holds the `WorkerLogic` of this process and the lock around it."""
 
-    def __init__(
-        self,
-        url: str,
-        rank: int,
-        config: JobConfig,
-        *,
-        storage_options: Mapping[str, Any],
-        single_coordinator: bool,
-        max_writes: int,
-        memory_folder: str | None,
-    ) -> None:
-        self.url = url
+    def __init__(self, home: Home, rank: int, config: JobConfig) -> None:
+        self.url = home.url
         self.rank = rank
         self.node_id = ray.get_runtime_context().get_node_id()
         self.logic = WorkerLogic(uuid.uuid4().hex[:16], rank, config)
         self.condition = threading.Condition()
         self.trouble: RayCkptError | None = None
         self.on_view: Callable[[], None] = lambda: None
-        self._options = dict(storage_options)
-        self._single_coordinator = single_coordinator
-        self._max_writes = max_writes
-        self._memory_folder = memory_folder
+        self._home = home
         self._told: set[int] = set()
         self.courier = Courier(self.logic, self.condition, self._find, self._viewed)
 
     def open(self) -> None:
         """Find or start the coordinator and this host's agent, and begin to report."""
-        find_or_start(self.url, self._options, single_coordinator=self._single_coordinator)
+        home = self._home
+        find_or_start(home.url, home.storage_options, single_coordinator=home.single_coordinator)
         self.courier.start()
 
     def _find(self) -> Any:
+        home = self._home
         return find_or_start_agent(
-            self.url,
-            self._options,
+            home.url,
+            home.storage_options,
             node_id=self.node_id,
-            single_coordinator=self._single_coordinator,
-            max_writes=self._max_writes,
-            memory_folder=self._memory_folder,
+            single_coordinator=home.single_coordinator,
+            max_writes=home.max_writes,
+            memory_folder=home.memory_folder,
         )
 
     def _viewed(self) -> None:

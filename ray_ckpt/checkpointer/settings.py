@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import fields
+from dataclasses import dataclass, fields
 
 import ray
 
 from ray_ckpt.errors import UsageError
 from ray_ckpt.protocol.messages import JobConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """Deadlines in seconds; every wait has one and names who is late when it passes.
+
+    ``start_s``: for all workers to join and to have restored. ``save_s``: for a save to commit; then it is abandoned.
+    ``settle_s``: for the saves of a start that is over, before a new start chooses what to restore. ``host_s``: for
+    a host to be heard of.
+    """
+
+    start_s: float = 600.0
+    save_s: float = 1800.0
+    settle_s: float = 120.0
+    host_s: float = 30.0
+
+
+DEFAULT_TIMEOUTS = Timeouts()
 
 _COUNTS = "world_size save_steps stride slots max_tries max_failures max_to_keep keep_every_steps"
 _TIMES = "save_secs keep_every_hours save_timeout_s settle_timeout_s host_timeout_s"
