@@ -114,16 +114,10 @@ class Checkpointer:
                 fresh=fresh,
             )
         )
-        self._config = config
-        self._start_timeout_s = timeouts.start_s
         self._store = open_store(url, storage_options=storage_options, single_coordinator=single_coordinator)
         if self.rank == 0:
             self._store.check()
         self.url = self._store.url
-        self.should_stop = False
-        self._last: tuple[int, Any] | None = None
-        self._ready = False
-        self._closed = False
         home = Home(
             url=self.url,
             storage_options=dict(storage_options or {}),
@@ -132,9 +126,18 @@ class Checkpointer:
             memory_folder=None if memory_dir is None else os.fspath(memory_dir),
         )
         ensure_ray()
-        self._link = Link(home, self.rank, config)
-        self._saver = Saver(self._link, run_id(self.url), config)
-        self._link.open()
+        self._open(Link(home, self.rank, config), config, timeouts)
+
+    def _open(self, link: Link, config: JobConfig, timeouts: Timeouts) -> None:
+        self.should_stop = False
+        self._link = link
+        self._config = config
+        self._start_timeout_s = timeouts.start_s
+        self._last: tuple[int, Any] | None = None
+        self._ready = False
+        self._closed = False
+        self._saver = Saver(link, run_id(self.url), config)
+        link.open()
 
     # -- restore ------------------------------------------------------------------------------------------
 
