@@ -48,7 +48,6 @@ class CoordinatorLogic:
         self.last_error = ""
         self._version = 0
         self._generation_seen: int | None = None
-        self.saves.worker_of = self.generations.members.get
         self.saves.worker_of = lambda rank: self.generations.members.get(rank)
         self.saves.decided_proposal = self.cut.decided
         self.saves.check = self._check
@@ -255,6 +254,10 @@ class CoordinatorLogic:
             elif key not in self.saves.active and step not in held:
                 reason = dict(worker.skipped).get(step, "its snapshot is gone, and no coordinator knows how it ended")
                 found.append(SaveOutcome(generation, step, "failed", error=reason))
+        if worker.due_step is not None:
+            # It may be held for a plan or memory that a save which has failed already will not need.
+            outcome = self.saves.outcome((generation, worker.due_step))
+            found.extend([outcome] if outcome is not None else [])
         return tuple(found)
 
     def status(self) -> RunStatus:

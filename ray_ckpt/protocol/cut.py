@@ -120,15 +120,25 @@ class Cut:
         all_finished = len(reports) == world_size and all(r.finished for r in reports.values())
         for request_id in list(self.requests):
             step = self._request_steps.get(request_id)
-            if step is None and all_finished:
-                step = max((r.step for r in reports.values()), default=-1)
             outcome = self._saves.outcome((generation, step)) if step is not None else None
+            if outcome is None and all_finished:
+                outcome = self._last_outcome(generation, max((r.step for r in reports.values()), default=-1))
             if outcome is not None:
                 self.request_outcomes[request_id] = outcome
                 del self.requests[request_id]
                 self._request_steps.pop(request_id, None)
         for request_id in list(self.request_outcomes)[:-256]:
             del self.request_outcomes[request_id]
+
+    def _last_outcome(self, generation: int, last: int) -> SaveOutcome | None:
+        """What a request comes to that no further step will serve: the save of the last one."""
+        key = generation, last
+        if key in self._saves.active or self._saves.outcome(key) is not None:
+            return self._saves.outcome(key)
+        kept = [c for c in self._ledger.head.live if c.step == last and not c.superseded]
+        if kept:
+            return SaveOutcome(*key, "committed", kept[-1].prefix)
+        return SaveOutcome(*key, "failed", error=f"training ended at step {last}, before all workers could save")
 
     # -- proposing ----------------------------------------------------------------------------------------
 

@@ -81,7 +81,8 @@ class WorkerReport:
     step for a plan. ``skipped`` are saves this worker could not snapshot, with the reason. ``layout`` is
     None once the view has acknowledged ``fingerprint``. ``started``: this worker has been told that all ranks have
     restored, so it is bound to its generation; until then it may be drafted into a newer one. ``pending`` are steps
-    it snapshotted or skipped without having heard how the save ended.
+    it snapshotted or skipped without having heard how the save ended; ``due_step`` is one it is still about to
+    snapshot, held in `step()` for a plan or for memory.
     """
 
     worker: str
@@ -99,6 +100,7 @@ class WorkerReport:
     step: int = -1
     stride: int = 1
     waiting_step: int | None = None
+    due_step: int | None = None
     accepted: tuple[Proposal, ...] = ()
     refused: tuple[str, ...] = ()
     requests: tuple[tuple[str, str], ...] = ()

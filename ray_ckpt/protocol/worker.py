@@ -73,6 +73,7 @@ class WorkerLogic:
         self._stop_request: str | None = None
         self._skipped: dict[int, str] = {}
         self._waiting_step: int | None = None
+        self._due_step: int | None = None
         self._roll_call = -1
         self._stride = config.stride
         self._sequence = 0
@@ -98,9 +99,9 @@ class WorkerLogic:
             trigger = "cadence"
         else:
             trigger = None
-        if not self._accepted:
-            return None if trigger is None else Due(step, trigger)
-        return self._arrive_accepted(step, trigger)
+        due = self._arrive_accepted(step, trigger) if self._accepted or trigger is not None else None
+        self._due_step = step if due is not None and due.snapshot is not None else None
+        return due
 
     def _previous(self, step: int, ask: Trigger | None) -> int:
         if self.step >= 0:
@@ -145,12 +146,12 @@ class WorkerLogic:
     def snapshotted(self, step: int, trigger: Trigger) -> None:
         """The snapshot of ``step`` is sealed."""
         self.snapshots[step] = trigger
-        self._waiting_step = None
+        self._waiting_step = self._due_step = None
 
     def skip(self, step: int, reason: str) -> None:
         """No snapshot of ``step`` could be taken: the save fails for the whole job."""
         self._skipped[step] = reason
-        self._waiting_step = None
+        self._waiting_step = self._due_step = None
 
     def forget(self, step: int) -> None:
         """Take back that ``step`` was saved, so that a forced save can follow."""
@@ -283,6 +284,7 @@ class WorkerLogic:
             step=self.step,
             stride=self._stride,
             waiting_step=self._waiting_step,
+            due_step=self._due_step,
             accepted=tuple(self._accepted.values()),
             refused=tuple(sorted(self._refused)),
             requests=tuple(self._requests.items()),

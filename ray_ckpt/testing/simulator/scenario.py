@@ -86,7 +86,7 @@ def draw(seed: int) -> Scenario:
         seed=seed,
         hosts=hosts,
         world_sizes=sizes,
-        wishes=(NEWEST, *(_draw_wish(rng) for _ in range(2))),
+        wishes=(NEWEST, _draw_wish(rng), NEWEST),
         steps=rng.randint(4, 12),
         stride=rng.choice((1, 1, 1, 2, 3)),
         slack=rng.choice((0, 1, 3, None)),

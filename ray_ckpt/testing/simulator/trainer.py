@@ -17,8 +17,7 @@ from ray_ckpt.types import Box, Layout, LeafSpec
 if TYPE_CHECKING:
     from ray_ckpt.testing.simulator.job import Start
 
-PLAN_WAIT_S = 15.0
-SLOT_WAIT_S = 25.0
+WAIT_S = 25.0
 CLOSE_WAIT_S = 3.0
 _POLL_S = 0.5
 _LARGE = 20 << 20
@@ -55,6 +54,7 @@ class Trainer(Process):
         self.ended_well = False
         self.failure: str | None = None
         self.stopped_at: int | None = None
+        self._layout: Layout | None = None
         self.step = -1
         host.trainers[self.name] = self
         self._wait: Wait = 0.0
@@ -121,6 +121,8 @@ class Trainer(Process):
     def _main(self) -> Thread:
         self.logic.wish(self.scenario.wish(self.start.number))
         yield from self._restore()
+        self._layout = layout(self.rank, False, self.scenario.two_writers)
+        self.logic.set_layout(self._layout, None)
         first = (self.logic.restored_step or 0) + 1
         pace = self.world.rng.uniform(0.2, 0.6)
         for step in range(first, self.scenario.steps + 1, self.scenario.stride):
@@ -179,24 +181,25 @@ class Trainer(Process):
     def _snapshot(self, step: int, trigger: Trigger) -> Thread:
         changed = self.scenario.change_at is not None and step >= self.scenario.change_at
         mine = layout(self.rank, changed, self.scenario.two_writers)
-        self.logic.set_layout(mine, None if self._planned(mine) else step)
-        give_up = self.world.now + PLAN_WAIT_S
-        yield lambda: self._planned(mine) or self.logic.error is not None or self.world.now > give_up
-        self._check()
-        if not self._planned(mine):
-            self.logic.skip(step, "no plan came")
+        if mine != self._layout:
+            self._layout = mine
+            self.logic.set_layout(mine, step)
+            self.report()
+        yield from self._wait_for(lambda: self.logic.plan_ready is not None, step, "a plan")
+        if self.logic.plan_ready is None:
             return
-        self.logic.set_layout(mine, None)
-        give_up = self.world.now + SLOT_WAIT_S
-        yield lambda: self._free_slot() is not None or self.world.now > give_up
+        yield from self._wait_for(lambda: self._free_slot() is not None, step, "memory")
         slot = self._free_slot()
-        if slot is None:
-            self.logic.skip(step, "no free memory")
-            return
-        yield from self._fill(slot, mine, step, trigger)
+        if slot is not None:
+            yield from self._fill(slot, mine, step, trigger)
 
-    def _planned(self, mine: Layout) -> bool:
-        return self.logic.plan_ready is not None and self.logic.plan_fingerprint == mine.fingerprint
+    def _wait_for(self, ready: Callable[[], bool], step: int, what: str) -> Thread:
+        """Wait until it is there, or the save has failed without us, or for too long."""
+        give_up = self.world.now + WAIT_S
+        yield lambda: ready() or step in self.logic.outcomes or self.logic.error is not None or self.world.now > give_up
+        self._check()
+        if not ready() and step not in self.logic.outcomes:
+            self.logic.skip(step, f"no {what} for {WAIT_S} s")
 
     def _free_slot(self) -> Slot | None:
         slots = self.host.slots_of(self.rank, self.scenario.slots)
