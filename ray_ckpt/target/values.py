@@ -107,7 +107,8 @@ def converted(array: Array, dtype: np.dtype[Any]) -> Array:
         elif "float" in dtype.name or dtype.kind == "c":
             return out
         else:
-            lost = out.astype(array.dtype) != array
+            # The way back alone would not show a change of sign: it turns -1 to 255 and 255 to -1.
+            lost = (out.astype(array.dtype) != array) | ((out < 0) != (array < 0))
     if lost.any():
         raise MismatchError(
             f"{array[lost].flat[0]} has no value in {dtype.name}; expected {dtype.name}, found {array.dtype.name}:"
