@@ -136,10 +136,12 @@ def test_a_missing_index_is_damage_to_verify_and_missing_to_open() -> None:
     assert check_bytes(store, "c")[1][0].text.endswith("is missing")
 
 
-def hostile(store: Store, dtype: str, shape: tuple[int, ...], offset: int, nbytes: int, crc: int = 0) -> None:
-    """A checkpoint whose index has a valid form but points anywhere; its one shard has 100 bytes."""
+def hostile(
+    store: Store, dtype: str, shape: tuple[int, ...], offset: int, nbytes: int, crc: int = 0, name: str = "w"
+) -> None:
+    """A checkpoint "c" whose index has a valid form but points anywhere; its one shard has 100 bytes."""
     value = encode_piece(dtype, shape, 0, offset, nbytes, crc)
-    store.put(index_name("c"), merge_index([encode_run([(b"w", value)])], 1))
+    store.put(index_name("c"), merge_index([encode_run([(name.encode(), value)])], 1))
     store.put("c.data-00000-of-00001", bytes(100))
 
 
@@ -173,6 +175,12 @@ def test_reading_beyond_the_file_takes_no_memory(store: Store, dtype: str, nbyte
     out = np.empty(tensor.shape, object if dtype == "string" else np.uint8)
     with pytest.raises(DamagedError, match=r"(?s)c\.data-00000-of-00001.*'w'"):
         read_boxes(stored, [("w", Box.whole(tensor.shape), out)])
+
+
+def test_metadata_beyond_the_file_takes_no_memory(store: Store) -> None:
+    hostile(store, "string", (), 0, 1 << 50, name=METADATA_KEY)
+    with pytest.raises(DamagedError, match=f"'{METADATA_KEY}' ends beyond the end of 'c.data-00000-of-00001'"):
+        open_checkpoint(store, "c")
 
 
 @pytest.mark.parametrize(("shape", "nbytes"), [((50,), 40), ((50,), 60), ((-1,), 50), ((50,), -50)])

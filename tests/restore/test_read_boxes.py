@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -146,17 +148,45 @@ def test_far_neighbours_are_not_read_together(store: Store) -> None:
     assert sorted(nbytes for _, _, nbytes in seen.reads) == [32, 32]
 
 
-def test_reads_stay_within_threads_and_budget(store: Store, small_units: int) -> None:
-    array = np.arange(20_000, dtype=np.uint8).reshape(100, 200)
-    make_checkpoint(store, "c", {"w": array}, metadata=some_metadata(), chunk_nbytes=small_units)
+def test_packs_are_not_larger_than_other_reads(store: Store, small_units: int) -> None:
+    arrays = {f"{i:02d}": np.full(20, i, np.uint8) for i in range(60)}
+    make_checkpoint(store, "c", arrays)
     stored = open_checkpoint(store, "c")
+    outs = {name: np.empty(20, np.uint8) for name in arrays}
     seen = watch(store)
-    out = np.empty(array.shape, np.uint8, "F")
-    read_boxes(stored, [("w", Box.whole(array.shape), out)], threads=3, budget_nbytes=600)
+    read_boxes(stored, [(name, Box.whole((20,)), out) for name, out in outs.items()])
+    assert max(nbytes for _, _, nbytes in seen.reads) == 120 <= 2 * small_units
+    assert all(same_bits(outs[name], arrays[name]) for name in arrays)
+
+
+@pytest.mark.parametrize(("threads", "budget_nbytes", "at_once"), [(8, 600, 4), (3, 1 << 20, 3)])
+def test_no_more_runs_than_threads_and_budget_allow(
+    store: Store, small_units: int, threads: int, budget_nbytes: int, at_once: int
+) -> None:
+    array = np.arange(20_000, dtype=np.uint8).reshape(100, 200)
+    make_checkpoint(store, "c", {"w": array})
+    stored = open_checkpoint(store, "c")
+    out = np.empty(array.shape, np.uint8, "F")  # no read can go straight in: 64 bytes cost 128
+    started, go_on = threading.Semaphore(0), threading.Event()
+    inner = store.read_into
+
+    def read_into(path: str, start: int, buffer: memoryview) -> None:
+        started.release()
+        assert go_on.wait(60)
+        inner(path, start, buffer)
+
+    store.read_into = read_into  # type: ignore[method-assign]
+    wanted = [("w", Box.whole(array.shape), out)]
+    how = {"threads": threads, "budget_nbytes": budget_nbytes}
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(read_boxes, stored, wanted, **how)
+        try:
+            assert all(started.acquire(timeout=60) for _ in range(at_once))
+            assert not started.acquire(timeout=0.3)
+        finally:
+            go_on.set()
+        done.result(60)
     assert same_bits(out, array)
-    assert seen.most_running <= 3
-    assert seen.most_running_nbytes * 2 <= 600
-    assert max(nbytes for _, _, nbytes in seen.reads) <= 2 * small_units
 
 
 @pytest.mark.parametrize("order", ["C", "F"])

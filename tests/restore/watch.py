@@ -13,14 +13,10 @@ from ray_ckpt.storage import Store
 
 @dataclass
 class Watch:
-    """Every `Store.read_into` of one store, and how many ran at once."""
+    """Every `Store.read_into` of one store: path, first byte, size, and the memory it went to."""
 
     reads: list[tuple[str, int, int]] = field(default_factory=list)
     buffers: list[np.ndarray[Any, Any]] = field(default_factory=list)
-    running: int = 0
-    most_running: int = 0
-    running_nbytes: int = 0
-    most_running_nbytes: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -38,16 +34,7 @@ def watch(store: Store) -> Watch:
         with lock:
             seen.reads.append((path, start, buffer.nbytes))
             seen.buffers.append(np.frombuffer(buffer, np.uint8))
-            seen.running += 1
-            seen.running_nbytes += buffer.nbytes
-            seen.most_running = max(seen.most_running, seen.running)
-            seen.most_running_nbytes = max(seen.most_running_nbytes, seen.running_nbytes)
-        try:
-            inner(path, start, buffer)
-        finally:
-            with lock:
-                seen.running -= 1
-                seen.running_nbytes -= buffer.nbytes
+        inner(path, start, buffer)
 
     store.read_into = read_into  # type: ignore[method-assign]
     return seen
