@@ -63,6 +63,9 @@ class CoordinatorLogic:
     def on_report(self, report: HostReport, now: float) -> None:
         """A host has reported."""
         self.ledger.now = max(self.ledger.now, now)
+        if self.ledger.active and report.epoch > self.ledger.epoch:
+            # The host drops our views already; without an append of our own we would never find out.
+            self.ledger.fence()
         if self.roster.update(report, self.ledger.now):
             for layout in report.layouts:
                 self.planner.layouts[layout.fingerprint] = layout
@@ -160,26 +163,24 @@ class CoordinatorLogic:
     # -- views ----------------------------------------------------------------------------------------------
 
     def view(self, host: str) -> HostView | None:
-        """What concerns one host now; None before the directory is owned."""
-        if self.ledger.phase == "starting":
+        """What concerns one host now; None while the directory is not owned.
+
+        A coordinator that was fenced is silent: whether a worker may go on is for its successor to say, by the
+        generations in the log.
+        """
+        if not self.ledger.active:
             return None
         known = self.roster.hosts.get(host)
         if known is None:
             return None
         report = known.report
         generation = self.generations.current
-        orders = (
-            ()
-            if not self.ledger.active
-            else tuple(
-                save.order for save in self.saves.active.values() if save.stage == "writing" and save.failure is None
-            )
-        )
+        writing = [s for s in self.saves.active.values() if s.stage == "writing" and s.failure is None]
         return HostView(
             epoch=self.ledger.epoch,
             version=self._version,
             workers=tuple(self._worker_view(report, worker) for worker in report.workers),
-            orders=orders,
+            orders=tuple(save.order for save in writing),
             decided=tuple(s.save for s in report.segments if self.saves.decided(s.save)),
             oldest_generation=generation.number if generation else 0,
             fingerprints=tuple(self._fingerprints(report)),
@@ -191,10 +192,6 @@ class CoordinatorLogic:
 
     def _worker_view(self, report: HostReport, worker: WorkerReport) -> WorkerView:
         name = worker.worker
-        fenced = self.ledger.fenced_by
-        if fenced is not None:
-            text = f"{self.url} was taken over by another coordinator (epoch {fenced.epoch}: {fenced.owner})"
-            return WorkerView(name, refused=text)
         if name in self.generations.refused:
             return WorkerView(name, refused=self.generations.refused[name])
         forming = self.generations.forming

@@ -165,6 +165,7 @@ class HostLogic:
             host=self.host,
             incarnation=self.incarnation,
             sequence=self._sequence,
+            epoch=self.view.epoch if self.view else 0,
             name=self.name,
             workers=tuple(self.workers.values()),
             dead=tuple(sorted(self._dead)),

@@ -43,7 +43,6 @@ class Ledger:
         self.phase: Literal["starting", "active", "fenced"] = "starting"
         self.epoch = 0
         self.trouble = ""
-        self.fenced_by: LogRecord | None = None
         self._head: LogRecord | None = None
         self._queue: deque[tuple[Build, Done]] = deque()
         self._state_dirty = True
@@ -75,9 +74,8 @@ class Ledger:
         fresh = {"attempt": "", "step": -1, "reason": "", **changes}
         return replace(self.head, sequence=self.head.sequence + 1, kind=kind, owner=self.owner, time=self.now, **fresh)
 
-    def fence(self, top: LogRecord) -> None:
+    def fence(self) -> None:
         """A newer epoch owns the directory."""
-        self.fenced_by = top
         self.phase = "fenced"
 
     # -- flows --------------------------------------------------------------------------------------
@@ -92,7 +90,7 @@ class Ledger:
                 continue
             won, top = yield from self.retry(Append(record))
             if not won:
-                self.fence(top)
+                self.fence()
                 return
             self._head = record
             self._state_dirty = True

@@ -217,12 +217,13 @@ class HostReport:
 
     ``dead`` are worker ids whose process is gone. ``layouts`` are those of sealed snapshots whose
     fingerprint the coordinator has not acknowledged; they come from the snapshot itself, so they
-    outlive the training process.
+    outlive the training process. ``epoch`` is the highest that a view came from.
     """
 
     host: str
     incarnation: str
     sequence: int
+    epoch: int = 0
     name: str = ""
     workers: tuple[WorkerReport, ...] = ()
     dead: tuple[str, ...] = ()

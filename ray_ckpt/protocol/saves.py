@@ -327,7 +327,7 @@ class Saves:
         top = yield ReadHead()
         if top is None or top.epoch != self._ledger.epoch:
             if top is not None and top.epoch > self._ledger.epoch:
-                self._ledger.fence(top)
+                self._ledger.fence()
             save.fail("another coordinator has taken the directory over")
 
     def _claim_of(self, save: SaveState) -> Claim:

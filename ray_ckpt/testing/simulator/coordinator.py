@@ -109,6 +109,9 @@ class Head:
         host.coordinator = self.current
 
     def _watch(self) -> None:
+        if self.current is not None and self.current.logic.ledger.phase == "fenced":
+            self.world.tell("%s ends: it is fenced", self.current.name)
+            self.current.kill()
         if self.current is not None and not self.current.alive:
             self.current = None
             self.world.at(self.world.rng.uniform(0.2, 1.5), self.start)

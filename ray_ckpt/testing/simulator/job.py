@@ -30,15 +30,13 @@ class Start:
         shift = world.rng.randrange(len(hosts))
         self.trainers = [Trainer(self, rank, hosts[(rank + shift) % len(hosts)]) for rank in range(size)]
 
-    def may_enter(self, trainer: Trainer, step: int) -> bool:
+    def may_enter(self, step: int) -> bool:
         """Whether the collectives before this step are through; nothing holds back what has been cut off."""
         slack = self.world.scenario.slack
         if slack is None or self.over:
             return True
         room = (slack + 1) * self.world.scenario.stride
-        return all(t.step < 0 or step <= t.step + room for t in self.trainers) and (
-            step <= room or all(t.step >= 0 or t is trainer for t in self.trainers)
-        )
+        return all(t.progress is not None and step <= t.progress + room for t in self.trainers)
 
     @property
     def done(self) -> bool:

@@ -56,6 +56,7 @@ class Trainer(Process):
         self.stopped_at: int | None = None
         self._layout: Layout | None = None
         self.step = -1
+        self.progress: int | None = None
         host.trainers[self.name] = self
         self._wait: Wait = 0.0
         self._thread = self._main()
@@ -123,12 +124,13 @@ class Trainer(Process):
         yield from self._restore()
         self._layout = layout(self.rank, False, self.scenario.two_writers)
         self.logic.set_layout(self._layout, None)
-        first = (self.logic.restored_step or 0) + 1
+        self.progress = self.logic.restored_step or 0
+        first = self.progress + 1
         pace = self.world.rng.uniform(0.2, 0.6)
         for step in range(first, self.scenario.steps + 1, self.scenario.stride):
             yield pace * self.world.rng.uniform(0.5, 1.5)
-            yield lambda step=step: self.start.may_enter(self, step)  # type: ignore[misc]
-            self.step = step
+            yield lambda step=step: self.start.may_enter(step)  # type: ignore[misc]
+            self.step = self.progress = step
             yield from self._save(step, "explicit" if step in self.scenario.explicit else None)
             if self.stopped_at is not None:
                 break
