@@ -33,9 +33,9 @@ from ray_ckpt.writer import write_shard
 PREFIX = "model.ckpt-5"
 
 
-def save(states: Sequence[Any], **settings: int) -> StoredCheckpoint:
+def save(states: Sequence[Any], url: str | Path | None = None, **settings: int) -> StoredCheckpoint:
     """The checkpoint of one state a rank, opened; ``settings`` are the plan's."""
-    store = open_store(f"memory://{uuid.uuid4().hex}")
+    store = open_store(url or f"memory://{uuid.uuid4().hex}")
     found = [layout_of(state, rank, len(states)) for rank, state in enumerate(states)]
     plan = make_plan([layout for layout, _ in found], **settings)
     num_shards = plan.num_writers + 1
