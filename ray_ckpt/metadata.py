@@ -82,9 +82,7 @@ def encode(metadata: Metadata) -> bytes:
         "time": metadata.time,
         "trees": [{"ranks": list(entry.ranks), "tree": entry.tree} for entry in metadata.trees],
         "kinds": {name: kind for name, kind in metadata.kinds.items() if kind != DEFAULT_KIND},
-        "chunks": {
-            str(shard): base64.b64encode(crcs).decode() for shard, crcs in metadata.chunks.items() if crcs
-        },
+        "chunks": {str(shard): base64.b64encode(crcs).decode() for shard, crcs in metadata.chunks.items() if crcs},
         "writers": [
             {"shard_id": w.shard_id, "host": w.host, "nbytes": w.nbytes, "seconds": w.seconds_s}
             for w in metadata.writers
@@ -107,8 +105,7 @@ def decode(raw: bytes, source: str) -> Metadata:
             return _from_document(document, version)
     except (ValueError, TypeError, KeyError, AttributeError, binascii.Error) as error:
         raise DamagedError(
-            f"{source}: its metadata is not readable ({type(error).__name__}: {error}); restore another"
-            " checkpoint"
+            f"{source}: its metadata is not readable ({type(error).__name__}: {error}); restore another checkpoint"
         ) from None
     raise CheckpointError(
         f"{source}: written in format version {version}, this ray_ckpt reads up to {FORMAT_VERSION}:"
@@ -129,8 +126,7 @@ def _from_document(document: Mapping[str, Any], version: int) -> Metadata:
         ),
         kinds={str(name): str(kind) for name, kind in document.get("kinds", {}).items()},
         chunks={
-            int(shard): base64.b64decode(crcs, validate=True)
-            for shard, crcs in document.get("chunks", {}).items()
+            int(shard): base64.b64decode(crcs, validate=True) for shard, crcs in document.get("chunks", {}).items()
         },
         writers=tuple(
             WriterNote(int(w["shard_id"]), str(w["host"]), int(w["nbytes"]), float(w["seconds"]))
