@@ -10,16 +10,16 @@ from ray_ckpt.cli.options import Json, Url
 from ray_ckpt.cli.output import print_json, stdout
 
 Reason = Annotated[str, typer.Option("--reason", help="Why, for the log and the metrics.")]
-Timeout = Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds to wait for the answer.")]
+Timeout = Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds to wait for the commit.")]
 
 
 def save(
     url: Url,
     reason: Reason = "ray-ckpt save",
-    timeout: Timeout = 60.0,
+    timeout: Timeout = 600.0,
     as_json: Json = False,
 ) -> None:
-    """Ask the job that runs on this directory to save; run it where its Ray cluster can be reached."""
+    """Ask the job that saves to this directory for a save, from where its Ray cluster can be reached, and wait."""
     # Only this subcommand needs Ray, whose import takes longer than all the others run.
     from ray_ckpt.coordinator import request_save
 
@@ -27,4 +27,4 @@ def save(
     if as_json:
         print_json({"url": url, "step": step})
     else:
-        stdout().print(f"the job saves at step {step}", markup=False)
+        stdout().print(f"step {step} is saved and committed", markup=False)

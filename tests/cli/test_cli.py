@@ -174,7 +174,7 @@ def test_save_asks_the_running_job(monkeypatch: pytest.MonkeyPatch) -> None:
         "step": 1234,
     }
     assert asked == [("gs://b/run", "before maintenance", 5.0)]
-    assert "step 1234" in run("save", "gs://b/run")
+    assert "step 1234 is saved" in run("save", "gs://b/run")
 
 
 def test_save_without_a_job_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
