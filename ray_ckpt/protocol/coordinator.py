@@ -43,7 +43,7 @@ class CoordinatorLogic:
         self.generations = Generations(self.flows, self.ledger, self.roster, self.saves)
         self.planner = Planner()
         self.cut = Cut(self.ledger, self.saves)
-        self.keeper = Keeper(self.flows, self.ledger, self.saves)
+        self.keeper = Keeper(self.flows, self.ledger)
         self.failures_in_a_row = 0
         self.last_error = ""
         self._version = 0
@@ -149,7 +149,7 @@ class CoordinatorLogic:
         if save.stage == "committed":
             self.failures_in_a_row = 0
             return
-        self.keeper.on_abort()
+        self.keeper.on_abort(save.attempt)
         if save.quiet:
             return
         self.failures_in_a_row += 1

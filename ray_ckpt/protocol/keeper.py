@@ -26,8 +26,7 @@ from ray_ckpt.protocol.flows import (
     Until,
 )
 from ray_ckpt.protocol.ledger import Ledger
-from ray_ckpt.protocol.messages import JobConfig
-from ray_ckpt.protocol.saves import Saves
+from ray_ckpt.protocol.messages import DELETE_GRACE_S, JobConfig
 from ray_ckpt.types import Claim, Dying, LogRecord
 
 _LOOK_AGAIN_S = 10.0
@@ -36,19 +35,20 @@ _LOOK_AGAIN_S = 10.0
 class Keeper:
     """Deletes in the background; never what is live, pinned, named by `checkpoint` or about to be restored."""
 
-    def __init__(self, flows: Flows, ledger: Ledger, saves: Saves) -> None:
+    def __init__(self, flows: Flows, ledger: Ledger) -> None:
         self._flows = flows
         self._ledger = ledger
-        self._saves = saves
         self._burying: set[str] = set()
         self._judged = 0
-        self._swept_aborts = -1
-        self._aborts = 0
+        self._aborted: dict[str, float] = {}
+        self._sweep_due = True
         self._sweeping = False
+        self._grace_s = DELETE_GRACE_S
 
-    def on_abort(self) -> None:
-        """An attempt of this epoch has failed: its files are to be swept."""
-        self._aborts += 1
+    def on_abort(self, attempt: str) -> None:
+        """An attempt of this epoch has failed: its files are to be swept, but not before its writers have ended."""
+        self._aborted[attempt] = self._ledger.now
+        self._sweep_due = True
 
     @property
     def idle(self) -> bool:
@@ -57,21 +57,20 @@ class Keeper:
 
     def update(self, config: JobConfig | None, protected: frozenset[str]) -> None:
         """Look at the log's head after an event."""
-        if config is None:
-            return
         head = self._ledger.head
-        if head.sequence != self._judged:
+        # What was left half deleted is finished even where no worker is there any more to say how much to keep.
+        self._grace_s = config.delete_grace_s if config else DELETE_GRACE_S
+        if config is not None and head.sequence != self._judged:
             self._judged = head.sequence
             if self._choose(head, config, protected):
                 self._ledger.submit(lambda now: self._delete_record(now, config, protected), lambda _: None)
         for dying in head.dying:
             if dying.checkpoint.prefix not in self._burying:
                 self._burying.add(dying.checkpoint.prefix)
-                self._flows.start(self._bury(dying, config))
-        if self._swept_aborts != self._aborts and not self._sweeping:
-            self._sweeping = True
-            self._swept_aborts = self._aborts
-            self._flows.start(self._sweep(config))
+                self._flows.start(self._bury(dying))
+        if self._sweep_due and not self._sweeping:
+            self._sweeping, self._sweep_due = True, False
+            self._flows.start(self._sweep())
 
     @staticmethod
     def _choose(head: LogRecord, config: JobConfig, protected: frozenset[str]) -> list[Any]:
@@ -95,11 +94,11 @@ class Keeper:
 
     # -- flows --------------------------------------------------------------------------------------------
 
-    def _bury(self, dying: Dying, config: JobConfig) -> Flow:
+    def _bury(self, dying: Dying) -> Flow:
         prefix = dying.checkpoint.prefix
         yield from self._until_unused(prefix)
         yield from self._ledger.retry(DeleteIndex(prefix))
-        yield Until(lambda: self._ledger.now >= dying.time + config.delete_grace_s)
+        yield Until(lambda: self._ledger.now >= dying.time + self._grace_s)
         yield from self._until_unused(prefix)
         yield from self._ledger.retry(DeleteData(prefix, dying.checkpoint.attempt))
         yield from self._ledger.retry(DeleteClaim(prefix))
@@ -123,21 +122,22 @@ class Keeper:
     def _buried(self, prefix: str) -> None:
         self._burying.discard(prefix)
 
-    def _sweep(self, config: JobConfig) -> Flow:
+    def _sweep(self) -> Flow:
         """Remove what attempts that will never commit have written: dead epochs' and our own failed ones."""
         start = self._ledger.now
-        yield Until(lambda: self._ledger.now >= start + config.delete_grace_s)
+        yield Until(lambda: self._ledger.now >= start + self._grace_s)
         claims = yield from self._ledger.retry(ListClaims())
         for claim in claims:
-            if self._is_orphan(claim):
+            if self._is_orphan(claim, start):
                 yield from self._sweep_one(claim)
         self._sweeping = False
 
-    def _is_orphan(self, claim: Claim) -> bool:
+    def _is_orphan(self, claim: Claim, before: float) -> bool:
+        """Whether nothing will commit under this claim: a dead epoch's, or of a save that failed ``before``."""
         head = self._ledger.head
         listed = {c.prefix for c in head.live} | {d.checkpoint.prefix for d in head.dying}
-        under_way = {s.attempt for s in self._saves.active.values()}
-        return claim.prefix not in listed and claim.attempt not in under_way and claim.epoch <= self._ledger.epoch
+        failed = self._aborted.get(claim.attempt, self._ledger.now) <= before
+        return claim.prefix not in listed and (claim.epoch < self._ledger.epoch or failed)
 
     def _sweep_one(self, claim: Claim) -> Generator[Io | Until, Any, None]:
         if claim.step > self._ledger.head.high_water:
@@ -147,6 +147,7 @@ class Keeper:
         yield from self._ledger.retry(DeleteIndex(claim.prefix))
         yield from self._ledger.retry(DeleteData(claim.prefix, claim.attempt))
         yield from self._ledger.retry(DeleteClaim(claim.prefix))
+        self._aborted.pop(claim.attempt, None)
 
     def _raise_record(self, head: LogRecord, claim: Claim) -> LogRecord | None:
         if head.high_water >= claim.step:

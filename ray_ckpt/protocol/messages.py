@@ -12,6 +12,10 @@ ProposalKind = Literal["save", "stop"]
 Trigger = Literal["cadence", "proposal", "explicit", "final"]
 
 
+DELETE_GRACE_S = 60.0
+"""How long deleted data lies on where no job says otherwise."""
+
+
 @dataclass(frozen=True, slots=True)
 class JobConfig:
     """The settings that every rank of a job must share.
@@ -36,7 +40,7 @@ class JobConfig:
     save_timeout_s: float = 1800.0
     settle_timeout_s: float = 120.0
     host_timeout_s: float = 30.0
-    delete_grace_s: float = 60.0
+    delete_grace_s: float = DELETE_GRACE_S
     fresh: bool = False
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ray_ckpt.errors import RayCkptError
 from ray_ckpt.protocol.coordinator import CoordinatorLogic
 from ray_ckpt.protocol.flows import Io, IoFailedError
-from ray_ckpt.protocol.messages import HostReport
+from ray_ckpt.protocol.messages import HostReport, HostView
 from ray_ckpt.testing.simulator.actions import perform
 from ray_ckpt.testing.simulator.world import Process, World
 
@@ -25,6 +26,8 @@ class Coordinator(Process):
     def __init__(self, world: World, number: int) -> None:
         super().__init__(world, f"coordinator {number}", f"head {number}")
         self.logic = CoordinatorLogic("sim://run", self.name)
+        self._agents: dict[str, Agent] = {}
+        self._said: dict[str, HostView] = {}
         self.later(0.0, self._start)
 
     def _start(self) -> None:
@@ -45,9 +48,9 @@ class Coordinator(Process):
         self.world.point(self)
         self.logic.on_report(report, self.world.now)
         self._pump()
-        view = self.logic.view(report.host)
-        if view is not None:
-            self.world.send(self.where, agent.where, lambda: agent.on_view(view))
+        self._agents[agent.where] = agent
+        self._said.pop(agent.name, None)
+        self._tell(agent)
         self.world.point(self)
 
     def request_save(self, request_id: str) -> None:
@@ -78,6 +81,15 @@ class Coordinator(Process):
         self.world.point(self)
         self.logic.on_io(io_id, result, self.world.now)
         self._pump()
+        for agent in list(self._agents.values()):
+            self._tell(agent)
+
+    def _tell(self, agent: Agent) -> None:
+        """Send a host its view, unless it says nothing new."""
+        view = self.logic.view(agent.where)
+        if view is not None and self._said.get(agent.name) != replace(view, version=0):
+            self._said[agent.name] = replace(view, version=0)
+            self.world.send(self.where, agent.where, lambda: agent.on_view(view))
 
 
 class Head:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ray_ckpt.bundle import shard_name
@@ -123,12 +124,13 @@ class Agent(Process):
         """The coordinator's answer."""
         if self.alive:
             self.world.point(self)
-            changed = self.logic.view is None or (view.orders, view.decided) != (
-                self.logic.view.orders,
-                self.logic.view.decided,
-            )
+            before = self.logic.view
             self.logic.on_view(view)
-            if changed:
+            after = self.logic.view
+            if before is None or after is None or after.workers != before.workers:
+                for name in self.logic.workers:
+                    self._tell(self.host.trainers[name])
+            if before is None or after is None or (after.orders, after.decided) != (before.orders, before.decided):
                 self.kick()
 
     def on_worker(self, report: WorkerReport, trainer: Trainer) -> None:
@@ -136,8 +138,14 @@ class Agent(Process):
         if not self.alive:
             return
         self.world.point(self)
+        known = self.logic.workers.get(report.worker)
         self.logic.on_worker(report)
-        view = self.logic.worker_view(report.worker)
+        self._tell(trainer)
+        if known is None or replace(report, sequence=0, step=0) != replace(known, sequence=0, step=0):
+            self.kick()
+
+    def _tell(self, trainer: Trainer) -> None:
+        view = self.logic.worker_view(trainer.name)
         if view is not None:
             self.world.send(self.where, self.where, lambda: trainer.on_view(*view))
 

@@ -187,7 +187,7 @@ class FileOracle:
         if path in self._written:
             raise Violation("files", f"{path} written by {self._written[path]}, then by {actor}")
         self._written[path] = actor
-        if f"_ray_ckpt/claims/{prefix.replace('/', '%2F')}" not in self._world.disk.objects:
+        if prefix in self._deleted:
             self.late.add(path)
 
     def _on_delete(self, path: str, prefix: str) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import lru_cache
+from unittest.mock import patch
 
+from ray_ckpt.log import decode_record, records
 from ray_ckpt.testing.simulator.coordinator import Head
 from ray_ckpt.testing.simulator.host import Host
 from ray_ckpt.testing.simulator.job import Job, Reader
@@ -11,6 +15,7 @@ from ray_ckpt.testing.simulator.oracles import Oracles, named, prefix_of
 from ray_ckpt.testing.simulator.rule import newest, top_record
 from ray_ckpt.testing.simulator.scenario import Scenario
 from ray_ckpt.testing.simulator.world import Violation, World
+from ray_ckpt.types import LogRecord
 
 LONGEST_S = 240.0
 _STORY_LINES = 200
@@ -42,9 +47,20 @@ def run(scenario: Scenario) -> Result:
     """Simulate one scenario. Raises `SimulationError`."""
     world = World(scenario)
     try:
-        return Simulation(world).run()
+        with _fast_decoding():
+            return Simulation(world).run()
     except (Exception, RecursionError) as error:
         raise SimulationError(scenario, world, error) from error
+
+
+@lru_cache(maxsize=4096)
+def _decoded(raw: bytes, source: str) -> LogRecord:
+    return decode_record(raw, source)
+
+
+def _fast_decoding() -> AbstractContextManager[object]:
+    """Records are immutable: those of equal bytes need to be made only once."""
+    return patch.object(records, "decode_record", _decoded)
 
 
 class Simulation:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ray_ckpt.testing.simulator.job import Start
 
 WAIT_S = 25.0
+START_WAIT_S = 60.0
 CLOSE_WAIT_S = 3.0
 _POLL_S = 0.5
 _LARGE = 20 << 20
@@ -121,9 +122,11 @@ class Trainer(Process):
 
     def _main(self) -> Thread:
         self.logic.wish(self.scenario.wish(self.start.number))
+        self.report()
         yield from self._restore()
         self._layout = layout(self.rank, False, self.scenario.two_writers)
         self.logic.set_layout(self._layout, None)
+        self.report()
         self.progress = self.logic.restored_step or 0
         first = self.progress + 1
         pace = self.world.rng.uniform(0.2, 0.6)
@@ -138,9 +141,12 @@ class Trainer(Process):
 
     def _restore(self) -> Thread:
         read: tuple[int, int] | None = None
+        give_up = self.world.now + START_WAIT_S
         while not self.logic.restore_done:
-            yield lambda read=read: self._restore_news(read)  # type: ignore[misc]
+            yield lambda read=read: self._restore_news(read) or self.world.now > give_up  # type: ignore[misc]
             self._check()
+            if self.world.now > give_up:
+                raise TrainingError(f"no start within {START_WAIT_S} s: {self.logic.late}")
             decision = self.logic.restore
             if decision is None or decision.key == read:
                 continue
@@ -150,6 +156,7 @@ class Trainer(Process):
             self.world.oracles.training.read(self, decision, damage)
             if self.logic.restore is decision:
                 self.logic.restore_read(RestoreResult(*decision.key, damage))
+                self.report()
         self.world.oracles.training.started(self)
 
     def _restore_news(self, read: tuple[int, int] | None) -> bool:
