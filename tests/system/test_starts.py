@@ -1,0 +1,227 @@
+"""Starts of a job: restarts, several at once, ranks that disagree, and what each restores."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import ray_ckpt
+from ray_ckpt.checkpointer import Timeouts
+from ray_ckpt.errors import (
+    DamagedError,
+    FencedError,
+    MismatchError,
+    NoCheckpointError,
+    UnavailableError,
+    UsageError,
+)
+from tests.restore.make import flip_file
+from tests.system import states
+from tests.system.job import Job, get
+from tests.system.waiting import eventually
+
+pytestmark = pytest.mark.xdist_group("ray")
+
+
+def run(job: Job, world: int, last: int) -> Job:
+    """A start that restores, trains up to a step and ends."""
+    job.start(world)
+    (restored,) = set(job.all("restore"))
+    job.all("train", (restored or 0) + 1, last)
+    job.all("call", "close")
+    job.end()
+    return job
+
+
+def test_killed_jobs_restart_on_other_numbers_of_workers(make_job: Callable[..., Job]) -> None:
+    previous = None
+    for world, last in ((2, 6), (3, 10), (1, 13)):
+        job = make_job(save_steps=2).start(world)
+        assert job.all("restore") == [previous] * world
+        job.all("train", (previous or 0) + 1, last)
+        previous = last - last % 2
+        job.until_committed(previous)
+        for rank in range(world):
+            job.kill(rank)
+        job.end()
+    part = ray_ckpt.load(job.url)["part"]
+    assert part.shape == (1, 16)
+    assert part[0, 0] == 12
+
+
+def test_a_newer_start_fences_the_older_one(make_job: Callable[..., Job]) -> None:
+    old = make_job(save_steps=2).start(2)
+    old.all("restore")
+    old.all("train", 1, 3)
+    old.until_committed(2)
+    new = make_job(save_steps=2).start(2)
+    assert new.all("restore") == [2, 2]
+    for ref in old.begin("train", 4, 4):
+        with pytest.raises(FencedError, match=r"rank \d of .*: the job was started again \(generation 2\)"):
+            get(ref)
+    new.all("train", 3, 4)
+    new.until_committed(4)
+    assert [c.generation for c in ray_ckpt.checkpoints(new.url)] == [1, 2]
+    with pytest.raises(FencedError):
+        old.on(0, "call", "close")
+
+
+def test_of_two_starts_at_once_one_wins_on_all_ranks(make_job: Callable[..., Job]) -> None:
+    jobs = [make_job(save_steps=2) for _ in range(2)]
+    for job in jobs:
+        job.start(2)
+    refs = [job.begin("restore") for job in jobs]
+    ends = []
+    for of_job in refs:
+        for ref in of_job:
+            try:
+                ends.append(("restored", get(ref)))
+            except FencedError as error:
+                assert "newer process joined" in str(error) or "started again" in str(error)
+                ends.append(("fenced", None))
+    assert ends in (
+        [("restored", None)] * 2 + [("fenced", None)] * 2,
+        [("fenced", None)] * 2 + [("restored", None)] * 2,
+    )
+    winner = jobs[0] if ends[0][0] == "restored" else jobs[1]
+    winner.all("train", 1, 2)
+    winner.until_committed(2)
+
+
+IN_ANOTHER_CLUSTER = """
+import sys, numpy as np, ray, ray_ckpt
+ray.init(address="local", include_dashboard=False, object_store_memory=80_000_000, log_to_driver=False)
+with ray_ckpt.Checkpointer(sys.argv[1], save_steps=2, rank=0, world_size=1) as ckpt:
+    state = ckpt.restore({"w": np.zeros(64, np.float32), "part": np.zeros((1, 16), np.int64), "step": 0})
+    for step in range(ckpt.restored_step + 1, ckpt.restored_step + 5):
+        ckpt.step(step, state)
+print(ckpt.all_steps())
+"""
+
+
+@pytest.mark.slow
+def test_a_job_in_another_cluster_takes_the_directory_over(make_job: Callable[..., Job]) -> None:
+    job = make_job(save_steps=2).start(1)
+    job.all("restore")
+    job.all("train", 1, 2)
+    job.until_committed(2)
+    other = subprocess.run(
+        [sys.executable, "-c", IN_ANOTHER_CLUSTER, job.url], capture_output=True, text=True, timeout=200
+    )
+    assert other.returncode == 0, other.stderr
+    assert other.stdout.splitlines()[-1] == "[2, 4, 6]"
+    with pytest.raises(FencedError, match="was taken over by another coordinator"):
+        job.all("train", 3, 60, states.small, 0.1)
+    assert job.steps() == [2, 4, 6]
+
+
+def test_a_step_that_is_not_there(make_job: Callable[..., Job]) -> None:
+    run(make_job(save_steps=2), 2, 4)
+    job = make_job(save_steps=2).start(2)
+    for ref in job.begin("restore", states.small, 3):
+        with pytest.raises(NoCheckpointError, match="step 3 is not among the checkpoints: 2, 4"):
+            get(ref)
+
+
+def test_no_restore_where_checkpoints_are(make_job: Callable[..., Job]) -> None:
+    run(make_job(save_steps=2), 1, 2)
+    job = make_job(save_steps=2).start(1)
+    with pytest.raises(UsageError, match=r"checkpoints up to step 2, .* call restore\(\) first, or pass fresh=True"):
+        job.all("train", 1, 1)
+    job.end()
+    fresh = make_job(save_steps=2, fresh=True).start(1)
+    fresh.all("train", 1, 1)
+    fresh.all("call", "close")
+    assert fresh.on(0, "call", "all_steps") == [1]
+
+
+def test_nothing_to_restore(make_job: Callable[..., Job]) -> None:
+    job = make_job().start(1)
+    with pytest.raises(NoCheckpointError, match="no checkpoint in .*run"):
+        job.on(0, "restore", states.small, None, missing="error")
+
+
+def test_an_older_step_on_purpose_supersedes_the_newer(make_job: Callable[..., Job]) -> None:
+    run(make_job(save_steps=2), 2, 6)
+    job = make_job(save_steps=2).start(2)
+    assert job.all("restore", states.small, 2) == [2, 2]
+    assert job.on(0, "call", "all_steps") == [2]
+    job.all("train", 3, 4)
+    job.until_committed(4)
+    job.all("call", "wait")
+    assert job.on(0, "call", "all_steps") == [2, 4]
+    assert ray_ckpt.load(job.url)["step"] == 4
+
+
+def test_damage_makes_all_ranks_take_the_older_one(make_job: Callable[..., Job]) -> None:
+    first = run(make_job(save_steps=2), 2, 4)
+    flip_file(sorted(first.path.glob("model.ckpt-4.data-*"))[0], 3)
+    job = make_job(save_steps=2).start(2)
+    assert job.all("restore") == [2, 2]
+    assert job.all("get", "state") == [states.plain(states.small(rank, 2, 2)) for rank in range(2)]
+    for said in job.all("get", "messages"):
+        assert any("model.ckpt-4 is damaged" in text and "taking step 2 instead" in text for text in said)
+    job.all("train", 3, 4)
+    job.all("call", "wait")
+    assert job.on(0, "call", "all_steps") == [2, 4]
+
+
+def test_damage_everywhere_is_an_error(make_job: Callable[..., Job]) -> None:
+    first = run(make_job(save_steps=2), 1, 4)
+    for path in first.path.glob("model.ckpt-*.data-*"):
+        path.write_bytes(b"")
+    job = make_job(save_steps=2).start(1)
+    with pytest.raises(DamagedError, match="there is no older checkpoint to take instead"):
+        job.all("restore")
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "text"),
+    [
+        ({"save_steps": 2}, {"save_steps": 3}, r"save_steps=\d against \d"),
+        ({"world": 2}, {"world": 3}, r"world_size=\d against \d"),
+    ],
+)
+def test_ranks_that_disagree_are_told(
+    make_job: Callable[..., Job], mine: dict[str, Any], theirs: dict[str, Any], text: str
+) -> None:
+    job = make_job().start(2)
+    for worker in job.workers:
+        get(worker.leave.remote())
+    settings = [dict(s) for s in (mine, theirs)]
+    timeouts = Timeouts(start_s=20.0)
+    refs = []
+    for rank, (worker, given) in enumerate(zip(job.workers, settings, strict=True)):
+        world = given.pop("world", 2)
+        get(worker.open.remote(f"{job.url}-disagree", rank, world, timeouts=timeouts, **given))
+        refs.append(worker.restore.remote())
+    texts = []
+    for ref in refs:
+        with pytest.raises((FencedError, UnavailableError)) as caught:
+            get(ref)
+        texts.append(str(caught.value))
+    pytest.importorskip("re")
+    assert any("give all ranks the same settings" in t for t in texts), texts
+
+
+def test_a_rank_that_never_comes_is_named(make_job: Callable[..., Job]) -> None:
+    job = make_job(timeouts=Timeouts(start_s=3.0)).start(2)
+    with pytest.raises(UnavailableError, match=r"rank 0 of .* waited 3 s for .*; late is: rank 1 on .* has not called"):
+        job.on(0, "restore")
+
+
+def test_a_target_that_does_not_fit(make_job: Callable[..., Job]) -> None:
+    run(make_job(save_steps=2), 1, 2)
+    job = make_job().start(1)
+    with pytest.raises(MismatchError, match="extra"):
+        job.on(0, "restore", with_extra)
+    eventually(lambda: job.steps() == [2], "nothing is harmed")
+
+
+def with_extra(rank: int, world: int, step: int) -> dict[str, Any]:
+    """`states.small` and one leaf more."""
+    return {**states.small(rank, world, step), "extra": 1}
