@@ -46,11 +46,9 @@ class LocalBackend(Backend):
         writer = _FileWriter(target)
         try:
             writer.write(memoryview(data))
-            writer.finish()
-            _link(writer.temporary, target)
+            writer.commit_if_absent()
         finally:
             writer.abort()
-        _sync_directory(os.path.dirname(target))
 
     def read(self, path: str) -> bytes:
         with open(self._full(path), "rb") as file:
@@ -123,12 +121,28 @@ class LocalBackend(Backend):
 
 
 class _FileWriter(ObjectWriter):
-    """Writes a temporary file beside the target and renames it over the target."""
+    """Writes a file without a name, which the kernel reclaims if this process dies, and names it at the end.
+
+    Where the file system knows no such files (`open(2)`, O_TMPFILE), it has a temporary name instead.
+    """
 
     def __init__(self, target: str) -> None:
-        self.temporary = os.path.join(os.path.dirname(target), TEMPORARY + uuid.uuid4().hex)
         self._target = target
-        self._fd: int | None = os.open(self.temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self._folder = os.path.dirname(target)
+        self._temporary: str | None = None
+        self._fd: int | None = self._open()
+
+    def _open(self) -> int:
+        with suppress(OSError):
+            fd = os.open(self._folder, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+            if os.path.exists(f"/proc/self/fd/{fd}"):
+                return fd
+            os.close(fd)
+        self._temporary = self._new_name()
+        return os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+    def _new_name(self) -> str:
+        return os.path.join(self._folder, TEMPORARY + uuid.uuid4().hex)
 
     def write(self, data: memoryview | bytes | bytearray) -> None:
         assert self._fd is not None
@@ -136,21 +150,43 @@ class _FileWriter(ObjectWriter):
         while view:
             view = view[os.write(self._fd, view) :]
 
-    def finish(self) -> None:
-        """Bring the bytes to the disk and close the file, which is still invisible."""
-        assert self._fd is not None
-        os.fsync(self._fd)
-        self._close()
-
     def commit(self) -> None:
-        self.finish()
-        os.replace(self.temporary, self._target)
-        _sync_directory(os.path.dirname(self._target))
+        self._sync()
+        if self._temporary is None:
+            self._temporary = self._new_name()
+            self._link(self._temporary)
+        os.replace(self._temporary, self._target)
+        self._close()
+        _sync_directory(self._folder)
+
+    def commit_if_absent(self) -> None:
+        """As `commit`, but raise FileExistsError where the target is there already."""
+        self._sync()
+        self._link(self._target)
+        self.abort()
+        _sync_directory(self._folder)
 
     def abort(self) -> None:
         self._close()
-        with suppress(FileNotFoundError):
-            os.unlink(self.temporary)
+        if self._temporary is not None:
+            with suppress(FileNotFoundError):
+                os.unlink(self._temporary)
+
+    def _sync(self) -> None:
+        assert self._fd is not None
+        os.fsync(self._fd)
+
+    def _link(self, target: str) -> None:
+        """Give the file this name, unless it is taken."""
+        if self._temporary is not None and target != self._temporary:
+            _link(self._temporary, target)
+            return
+        # Any directory: os.link follows the symbolic link in /proc only if it is given one.
+        folder = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            _link(f"/proc/self/fd/{self._fd}", target, folder)
+        finally:
+            os.close(folder)
 
     def _close(self) -> None:
         fd, self._fd = self._fd, None
@@ -158,10 +194,10 @@ class _FileWriter(ObjectWriter):
             os.close(fd)
 
 
-def _link(source: str, target: str) -> None:
+def _link(source: str, target: str, folder: int | None = None) -> None:
     """Give the file its name, unless the name is taken: exclusive on local disks and on NFS."""
     try:
-        os.link(source, target)
+        os.link(source, target, src_dir_fd=folder)
     except OSError as error:
         if error.errno in _NO_LINKS:
             raise UnsafeStoreError(

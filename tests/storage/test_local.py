@@ -115,15 +115,36 @@ def test_writes_are_finished_piece_by_piece(store: Store, monkeypatch: pytest.Mo
     assert store.read_range("x", 0, 10) == b"0123456789"
 
 
-def test_leftovers_of_a_crash_are_neither_listed_nor_met_by_tensorflow(store: Store, tmp_path: Path) -> None:
+@pytest.fixture(params=["nameless", "named"])
+def temporary(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Files without a name until they are whole, and what stands in for them where the file system has none."""
+    if request.param == "named":
+        monkeypatch.setattr(os, "O_TMPFILE", 0)
+    return str(request.param)
+
+
+def test_a_killed_writer_leaves_nothing_that_anybody_meets(store: Store, tmp_path: Path, temporary: str) -> None:
     store.put("model.ckpt-5.index", b"x")
     writer = store.create("model.ckpt-5.data-00000-of-00001")
     writer.write(b"half")
     assert [info.path for info in store.list("")] == ["model.ckpt-5.index"]
     names = os.listdir(tmp_path / "a" / "run")
-    assert [name for name in names if name.startswith(TEMPORARY)]
+    left = [name for name in names if name.startswith(TEMPORARY)]
+    assert len(left) == (1 if temporary == "named" else 0)
     assert list((tmp_path / "a" / "run").glob("*ckpt-5*")) == [tmp_path / "a" / "run" / "model.ckpt-5.index"]
     writer.abort()
+
+
+def test_both_ways_to_write_do_the_same(store: Store, tmp_path: Path, temporary: str) -> None:
+    store.put("a", b"old")
+    store.put("a", b"new")
+    assert store.put_if_absent("b", b"mine")
+    assert not store.put_if_absent("b", b"other")
+    with pytest.raises(ZeroDivisionError), store.create("c") as writer:
+        writer.write(b"half")
+        raise ZeroDivisionError
+    assert (store.read("a"), store.read("b")) == (b"new", b"mine")
+    assert sorted(os.listdir(tmp_path / "a" / "run")) == ["a", "b"]
 
 
 def test_locks_are_not_listed(store: Store) -> None:
