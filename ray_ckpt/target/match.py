@@ -142,9 +142,8 @@ class Matcher:
             self.differences.valueless[name] = why_not
 
     def _add(self, name: str, like: Any, sources: Sequence[Source | None], combine: Combine | None = None) -> None:
-        found = tuple(source for source in sources if source is not None)
-        if len(found) == len(sources):
-            self.plans.append(LeafPlan(name, like, found, combine))
+        # Where there is no source there is a difference, and nothing is read.
+        self.plans.append(LeafPlan(name, like, tuple(filter(None, sources)), combine))
 
     def _source(self, name: str, stored_name: str, like: Any) -> Source | None:
         """What to read of a tensor; None, and a difference, if it is not what the target's leaf wants."""
