@@ -319,16 +319,18 @@ class Saves:
         """Find a prefix that no other attempt has used or will use (see the design page, "Who may write")."""
         bare = f"model.ckpt-{save.step}"
         own = f"{save.attempt}/{bare}"
-        save.prefix = bare if save.step > self._ledger.head.high_water else own
-        existing = yield PutClaim(self._claim_of(save))
-        if existing is not None:
-            save.prefix = own
-            yield PutClaim(self._claim_of(save))
-        top = yield ReadHead()
-        if top is None or top.epoch != self._ledger.epoch:
-            if top is not None and top.epoch > self._ledger.epoch:
-                self._ledger.fence()
-            save.fail("another coordinator has taken the directory over")
+        for prefix in (bare, own) if save.step > self._ledger.head.high_water else (own,):
+            save.prefix = prefix
+            existing = yield PutClaim(self._claim_of(save))
+            top = yield ReadHead()
+            if top is None or top.epoch != self._ledger.epoch:
+                if top is not None and top.epoch > self._ledger.epoch:
+                    self._ledger.fence()
+                save.fail("another coordinator has taken the directory over")
+                return
+            # The claim file of an older attempt may have been swept a moment ago: then the mark is high enough.
+            if existing is None and (prefix == own or save.step > top.high_water):
+                return
 
     def _claim_of(self, save: SaveState) -> Claim:
         return Claim(save.attempt, self._ledger.epoch, *save.key, save.prefix, save.order.num_shards)

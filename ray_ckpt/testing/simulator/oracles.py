@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ray_ckpt.types import Layout
 
 STATE = "checkpoint"
+CLAIMS = "_ray_ckpt/claims/"
 _DATA = re.compile(r"(.*)\.(?:index|data-\d{5}-of-\d{5})")
 _NAMED = re.compile(r'^(all_)?model_checkpoint_paths?: "(.*)"$', re.MULTILINE)
 
@@ -51,11 +52,13 @@ class Oracles:
 
     def _on_mutation(self, mutation: Mutation) -> None:
         path = mutation.op.path
-        if path.startswith(LOG):
-            if mutation.after is not None:
-                record = self.log.appended(int(path.removeprefix(LOG)), parsed(mutation.after))
-                if record is not None and record["kind"] == "commit":
-                    self.commits.committed(record["live"][-1], self._objects)
+        if path.startswith(CLAIMS) and mutation.after is not None:
+            claim = parsed(mutation.after)
+            self.log.generations[claim["attempt"]] = claim["generation"]
+        if path.startswith(LOG) and mutation.after is not None:
+            record = self.log.appended(int(path.removeprefix(LOG)), parsed(mutation.after))
+            if record is not None and record["kind"] == "commit":
+                self.commits.committed(record["live"][-1], self._objects)
         self.files.changed(mutation)
 
 
@@ -64,6 +67,7 @@ class LogOracle:
 
     def __init__(self) -> None:
         self.history: list[Any] = []
+        self.generations: dict[str, int] = {}
         self.commits: list[Any] = []
 
     @property
@@ -100,6 +104,10 @@ class LogOracle:
             self._require(new in ((old[0] + 1, 1), (old[0], old[1] + 1)), f"generation {new} after {old}")
         else:
             self._require(newest(top) == newest(record), f"a {record['kind']} changed the newest: {record}")
+        if record["kind"] == "abort" and int(record["attempt"][1:7]) == record["epoch"]:
+            number = self.generations.get(record["attempt"])
+            text = f"{record['attempt']} of generation {number} decided after the next was sealed"
+            self._require(number in (None, record["generation"]["number"]), text)
         if record["kind"] not in ("commit", "delete"):
             self._require([c["prefix"] for c in top["live"]] == [c["prefix"] for c in record["live"]], "live changed")
 

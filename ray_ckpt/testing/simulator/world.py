@@ -80,12 +80,13 @@ class World:
             return False
         return self.rng.random() < rate
 
-    def point(self, process: Process) -> None:
-        """A place where the process may die."""
-        kind = process.kind
+    def point(self, process: Process, where: str = "") -> None:
+        """A place where the process may die; ``where`` sets those around storage operations apart."""
+        kind = process.kind + where
         self.points[kind] += 1
         planned = kind in self._planned and self.points[kind] in self._planned[kind]
-        drawn = self._random_crashes < MAX_RANDOM_CRASHES and self.faulty(f"crash_{kind}", CRASH_RATE)
+        rate = CRASH_RATE if not where else 3 * CRASH_RATE
+        drawn = self._random_crashes < MAX_RANDOM_CRASHES and self.faulty(f"crash_{process.kind}", rate)
         if planned or drawn:
             self._random_crashes += drawn
             self.tell("%s crashes (point %d of %s)", process.name, self.points[kind], kind)
@@ -182,8 +183,8 @@ class Process:
             if op.writes and self.world.rng.random() < 0.5:
                 self.world.disk.apply(op, f"{self.name} (dead)")
             return
-        self.world.point(self)
+        self.world.point(self, ".store")
         answer = self.world.operate(op, self.name)
-        self.world.point(self)
+        self.world.point(self, ".store")
         call.answer(answer)
         self._advance(call, done)

@@ -1,0 +1,301 @@
+"""Planted bugs, each a small patch of the real protocol (or of what surrounds it). The simulation must find them all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from ray_ckpt.protocol import host as host_module
+from ray_ckpt.protocol.coordinator import CoordinatorLogic
+from ray_ckpt.protocol.cut import Cut
+from ray_ckpt.protocol.flows import Append, DeleteClaim, DeleteData, DeleteIndex, IoFailedError, PutClaim, Until
+from ray_ckpt.protocol.generation import Generations
+from ray_ckpt.protocol.host import HostLogic
+from ray_ckpt.protocol.keeper import Keeper
+from ray_ckpt.protocol.ledger import Ledger
+from ray_ckpt.protocol.messages import HostView, SegmentInfo
+from ray_ckpt.protocol.saves import Saves, SaveState
+from ray_ckpt.protocol.worker import WorkerLogic
+from ray_ckpt.testing.simulator.disk import Disk, Op
+from ray_ckpt.testing.simulator.host import Writer
+from ray_ckpt.testing.simulator.memory import Slot
+
+Patch = Callable[[pytest.MonkeyPatch], None]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """``oracles``: who may find it."""
+
+    name: str
+    patch: Patch
+    oracles: tuple[str, ...]
+
+
+MUTANTS: list[Mutant] = []
+
+
+def mutant(*oracles: str) -> Callable[[Patch], Patch]:
+    """Register a patch under its function's name."""
+
+    def register(patch: Patch) -> Patch:
+        MUTANTS.append(Mutant(patch.__name__, patch, oracles))
+        return patch
+
+    return register
+
+
+@mutant("commits")
+def commit_before_all_shards_are_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = property(lambda self: self.sealed and len(self.shards) >= self.num_writers - 1)
+    monkeypatch.setattr(SaveState, "whole", whole)
+
+
+@mutant("commits", "crash of the code")
+def commit_before_all_ranks_have_sealed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SaveState, "sealed", property(lambda self: bool(self.segments)))
+    monkeypatch.setattr(SaveState, "whole", property(lambda self: len(self.shards) >= len(self.segments)))
+
+
+@mutant("files")
+def reuse_a_claimed_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    def claim(self: Saves, save: SaveState) -> Any:
+        save.prefix = f"model.ckpt-{save.step}"
+        yield PutClaim(self._claim_of(save))
+
+    monkeypatch.setattr(Saves, "_claim", claim)
+
+
+@mutant("files")
+def skip_the_reading_after_a_claim(monkeypatch: pytest.MonkeyPatch) -> None:
+    def claim(self: Saves, save: SaveState) -> Any:
+        bare = f"model.ckpt-{save.step}"
+        save.prefix = bare if save.step > self._ledger.head.high_water else f"{save.attempt}/{bare}"
+        existing = yield PutClaim(self._claim_of(save))
+        if existing is not None:
+            save.prefix = f"{save.attempt}/{bare}"
+            yield PutClaim(self._claim_of(save))
+
+    monkeypatch.setattr(Saves, "_claim", claim)
+
+
+@mutant("training", "quiet", "progress")
+def vote_for_a_step_that_was_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    def vote(self: WorkerLogic, proposal: Any) -> None:
+        self._accepted[proposal.id] = proposal
+
+    monkeypatch.setattr(WorkerLogic, "_vote", vote)
+
+
+@mutant("training", "quiet", "progress")
+def decide_a_step_that_one_rank_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Cut._tally
+
+    def tally(self: Cut, proposal: Any, world_size: int, reports: Any) -> None:
+        original(self, proposal, 1, reports)
+
+    monkeypatch.setattr(Cut, "_tally", tally)
+
+
+@mutant("commits", "log")
+def mix_generations(monkeypatch: pytest.MonkeyPatch) -> None:
+    save_of = Saves._save_of
+
+    def any_generation(self: Saves, segment: SegmentInfo) -> SaveState | None:
+        same_step = (s for s in self.active.values() if s.step == segment.step)
+        return next(same_step, None) or save_of(self, segment)
+
+    monkeypatch.setattr(Saves, "_save_of", any_generation)
+
+    def startable(self: HostLogic, orders: Any) -> Any:
+        for order in orders:
+            for segment in self._segments.values():
+                if segment.step == order.step and segment.plan_id == order.plan_id:
+                    for local in range(segment.writers):
+                        start = host_module.StartWrite(segment, local, order)
+                        if self._wanted(start):
+                            self._writing.add((segment.name, local))
+                            yield start
+
+    monkeypatch.setattr(HostLogic, "_startable", startable)
+
+
+@mutant("log")
+def commit_a_save_of_the_last_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Saves, "begin", lambda self, config: setattr(self, "_settling_since", None))
+    monkeypatch.setattr(Saves, "settled", True)
+    original = Saves._commit_record
+
+    def commit_record(self: Saves, save: SaveState) -> Any:
+        key, number = save.key, self._generation
+        save.key = (number, key[1])
+        record = original(self, save)
+        save.key = key
+        if record is None:
+            return None
+        last = record.live[-1]
+        from dataclasses import replace
+
+        return replace(record, live=(*record.live[:-1], replace(last, generation=key[0])))
+
+    monkeypatch.setattr(Saves, "_commit_record", commit_record)
+
+
+@mutant("memory")
+def free_a_segment_under_its_writer(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = HostLogic.take
+
+    def take(self: HostLogic) -> Any:
+        writing, self._writing = self._writing, set()
+        actions = original(self)
+        self._writing |= writing
+        return [a for a in actions if isinstance(a, host_module.Free) or (a.segment.name, a.local) not in writing]
+
+    monkeypatch.setattr(HostLogic, "take", take)
+
+
+@mutant("commits")
+def write_what_the_segment_holds_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Writer, "_holds", lambda self: bool(self._slot.contents))
+    take = HostLogic.take
+
+    def free_early(self: HostLogic) -> Any:
+        view = self.view
+        if view is not None:
+            written = {s.save for s in self._segments.values() for o in view.orders if o.save == s.save}
+            self.view = HostView(view.epoch, view.version, decided=tuple(written), orders=view.orders)
+        actions = take(self)
+        self.view = view
+        return actions
+
+    monkeypatch.setattr(HostLogic, "take", free_early)
+
+
+@mutant("files")
+def forget_the_tries_when_the_agent_dies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Slot, "next_try", lambda self, writer, order: 0)
+
+
+@mutant("files")
+def delete_data_before_the_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Keeper._delete_record
+
+    def delete_record(self: Keeper, head: Any, config: Any, protected: Any) -> Any:
+        for victim in self._choose(head, config, protected):
+            self._flows.start(self._ledger.retry(DeleteData(victim.prefix, victim.attempt)))
+        return original(self, head, config, protected)
+
+    monkeypatch.setattr(Keeper, "_delete_record", delete_record)
+
+
+@mutant("files")
+def delete_what_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    def until_unused(self: Keeper, prefix: str) -> Any:
+        yield Until(lambda: True)
+
+    monkeypatch.setattr(Keeper, "_until_unused", until_unused)
+
+
+@mutant("files")
+def delete_what_a_start_is_about_to_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Saves, "_nothing", None, raising=False)
+    monkeypatch.setattr(CoordinatorLogic, "_protected", lambda self: frozenset())
+
+
+@mutant("log")
+def commit_again_after_a_lost_reply(monkeypatch: pytest.MonkeyPatch) -> None:
+    retry = Ledger.retry
+
+    def hasty(self: Ledger, io: Any) -> Any:
+        if not isinstance(io, Append) or io.record.kind != "commit":
+            return (yield from retry(self, io))
+        try:
+            return (yield io)
+        except IoFailedError:
+            self._head = io.record
+            return (yield from retry(self, Append(self.next_record("commit", attempt=io.record.attempt))))
+
+    monkeypatch.setattr(Ledger, "retry", hasty)
+
+
+@mutant("log", "training")
+def choose_before_saves_are_decided(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Saves, "settled", True)
+
+
+@mutant("log")
+def commit_out_of_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Saves, "_is_next", lambda self, save: True)
+
+
+@mutant("training")
+def take_a_superseded_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Generations._choose
+
+    def choose(self: Generations, wish: Any, bad: Any) -> Any:
+        if wish.kind == "newest":
+            return next((c for c in reversed(self._ledger.head.live) if c.prefix not in bad), None)
+        return original(self, wish, bad)
+
+    monkeypatch.setattr(Generations, "_choose", choose)
+
+
+@mutant("tensorflow", "quiet")
+def overwrite_the_checkpoint_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    def replace_if(self: Disk, op: Op, actor: str, _: int) -> bool:
+        self._set(op, actor, op.data)
+        return True
+
+    monkeypatch.setattr(Disk, "_replace_if", replace_if)
+
+
+@mutant("files")
+def sweep_a_claim_before_the_mark_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sweep_one(self: Keeper, claim: Any) -> Any:
+        yield from self._ledger.retry(DeleteIndex(claim.prefix))
+        yield from self._ledger.retry(DeleteData(claim.prefix, claim.attempt))
+        yield from self._ledger.retry(DeleteClaim(claim.prefix))
+
+    monkeypatch.setattr(Keeper, "_sweep_one", sweep_one)
+
+
+@mutant("files")
+def sweep_saves_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_orphan(self: Keeper, claim: Any, before: float) -> bool:
+        head = self._ledger.head
+        return claim.prefix not in {c.prefix for c in head.live} | {d.checkpoint.prefix for d in head.dying}
+
+    monkeypatch.setattr(Keeper, "_is_orphan", is_orphan)
+
+
+@mutant("log")
+def carry_on_when_fenced(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
+    def serve(self: Ledger) -> Any:
+        yield from self._claim()
+        while True:
+            yield Until(lambda: bool(self._queue))
+            build, done = self._queue.popleft()
+            record = build(self.head)
+            while record is not None:
+                won, top = yield from self.retry(Append(record))
+                if won:
+                    self._head = record
+                    self._state_dirty = True
+                    done(record)
+                    break
+                record = replace(record, sequence=top.sequence + 1)
+
+    monkeypatch.setattr(Ledger, "_serve", serve)
+
+
+@mutant("quiet")
+def forget_to_tell_of_failures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Saves, "_hopeless", lambda self, save, rank, config: None)
+    monkeypatch.setattr(CoordinatorLogic, "_outcomes", lambda self, report, worker, generation: tuple(
+        o for s in worker.pending if (o := self.saves.outcome((generation, s))) is not None and o.state == "committed"
+    ))
