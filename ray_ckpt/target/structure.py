@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ray_ckpt.leaves import per_worker_name
+from ray_ckpt.leaves.base import PER_WORKER_PREFIX
 from ray_ckpt.metadata import Metadata
 from ray_ckpt.restore import StoredCheckpoint
 from ray_ckpt.tree import ROOT_NAME, join_name
@@ -35,11 +35,12 @@ class StoredNames:
         plain: set[str] = set()
         per_worker: dict[str, dict[tuple[int, int], str]] = {}
         for name in stored.names:
-            match = _PER_WORKER.fullmatch(name)
-            at = (int(match[2]), int(match[3])) if match else (0, 0)
-            if match and name == per_worker_name(match[1], *at):
-                per_worker.setdefault(match[1], {})[at] = name
-            elif stored.metadata is not None or name not in _TF_BOOKKEEPING:
+            if stored.metadata is None:
+                if name not in _TF_BOOKKEEPING:
+                    plain.add(name)
+            elif stored.metadata.kind(name).startswith(PER_WORKER_PREFIX) and (match := _PER_WORKER.fullmatch(name)):
+                per_worker.setdefault(match[1], {})[int(match[2]), int(match[3])] = name
+            else:
                 plain.add(name)
         return cls(frozenset(plain), per_worker)
 
@@ -107,4 +108,4 @@ def _children(node: Any) -> Iterator[tuple[str, Any]]:
             yield str(index), item
         else:
             key, child = item
-            yield key if isinstance(key, str) else repr(key), child
+            yield str(key), child

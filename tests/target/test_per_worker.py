@@ -81,3 +81,9 @@ def test_a_function_where_the_number_changed() -> None:
     assert restore(stored, lambda: 1 / 0, 1, 2)["n"].value == 1
     with pytest.raises((StateError, MismatchError), match="n"):
         restore(stored, lambda: {"n": PerWorker(0)}, 0, 1)
+
+
+def test_a_name_that_only_looks_like_one() -> None:
+    alike = {"a": {".per_worker": {"00000-of-00001": 5}}}
+    stored = save([alike, alike])
+    assert restore(stored, alike, 0, 1) == restore(stored, None, 2, 3) == alike

@@ -9,9 +9,10 @@ import pytest
 
 from ray_ckpt.errors import DamagedError, MismatchError
 from ray_ckpt.leaves import Slice
+from ray_ckpt.target import values as target_values
 from ray_ckpt.types import Box
 
-from ..restore.make import flip, grid
+from ..restore.make import flip, grid, truncate
 from .saving import restore, save
 
 SHAPE = (12, 8)
@@ -77,3 +78,14 @@ def test_only_what_is_wanted_is_read() -> None:
     restore(stored, sliced(first, ZEROS), 0, 4)
     with pytest.raises(DamagedError, match=r"data-00003-of-00005.*'[wm]'"):
         restore(stored, sliced(last, ZEROS), 3, 4)
+
+
+def test_no_memory_is_taken_for_what_a_cut_off_file_cannot_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    def allocate(name: str, source: Any) -> Any:
+        raise AssertionError(f"memory was taken for {name}")
+
+    stored = save([VALUES])
+    truncate(stored.store, stored.shard_path(0), 100)
+    monkeypatch.setattr(target_values, "_allocate", allocate)
+    with pytest.raises(DamagedError, match="is truncated"):
+        restore(stored, None)
