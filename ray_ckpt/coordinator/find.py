@@ -111,9 +111,13 @@ def status(url: str) -> RunStatus:
 
 
 def _connect() -> None:
-    if not ray.is_initialized():
-        # The address of a running cluster comes from RAY_ADDRESS or the machine's own head.
+    """Connect to the cluster of RAY_ADDRESS or of this machine's own head. Raises `UsageError` if there is none."""
+    if ray.is_initialized():
+        return
+    try:
         ray.init(address="auto", namespace=NAMESPACE, logging_level=logging.WARNING, log_to_driver=False)
+    except ConnectionError as error:
+        raise UsageError(f"no Ray cluster to ask ({error}): run this on one of its nodes, or set RAY_ADDRESS") from None
 
 
 def _what_it_waits_for(coordinator: Any) -> str:
