@@ -152,6 +152,13 @@ def test_a_function_is_traced_for_other_containers() -> None:
         restore(stored, lambda: Train(float(jnp.ones(())), 0, "", 0), 1, 2)
 
 
+def test_a_traced_function_keeps_its_slices() -> None:
+    stored = save([{"w": Slice(jnp.asarray(W[4 * r : 4 * r + 4]), (8, 8), (4 * r, 0))} for r in range(2)])
+    got = restore(stored, lambda: {"w": Slice(jnp.zeros((8, 2)), (8, 8), (0, 6))}, 3, 4)["w"]
+    assert (type(got), got.offset) == (Slice, (0, 6))
+    check(got.array, W[:, 6:], jnp.zeros(1).sharding)
+
+
 def test_a_jitted_function_gives_its_shardings() -> None:
     stored = save([{"w": placed("rows"), "n": jnp.asarray(3)}])
     shardings = {"w": sharding("grid"), "n": sharding("replicated")}
