@@ -26,7 +26,7 @@ class Courier:
     """Keeps one question open at the agent, so that news come at once, and asks again when there is news to tell.
 
     ``condition`` guards the logic; it is notified after each view. ``find`` looks the agent up (again).
-    ``on_view`` runs in this thread after each view, without the lock.
+    ``on_view`` runs in this thread after each view, without the lock; ``on_broken`` if it cannot go on.
     """
 
     def __init__(
@@ -35,11 +35,13 @@ class Courier:
         condition: threading.Condition,
         find: Callable[[], Any],
         on_view: Callable[[], None],
+        on_broken: Callable[[Exception], None],
     ) -> None:
         self._logic = logic
         self._condition = condition
         self._find = find
         self._on_view = on_view
+        self._on_broken = on_broken
         self._agent: Any = None
         self._wake = threading.Event()
         self._news = False
@@ -77,19 +79,27 @@ class Courier:
         return self._agent.sync.remote(report, os.getpid(), self._seen, wait_s)
 
     def _run(self) -> None:
-        self._send(_POLL_S)
-        while not self._closing:
-            self._wake.wait()
-            self._wake.clear()
-            try:
-                self._collect()
-            except RayError as error:
-                self._recover(error)
-            if self._news:
-                self._news = False
-                self._send(0.0)
-            if not self._open:
-                self._send(_POLL_S)
+        try:
+            self._wake.set()
+            while not self._closing:
+                self._wake.wait()
+                self._wake.clear()
+                try:
+                    self._serve()
+                except RayError as error:
+                    self._recover(error)
+        except Exception as error:
+            logger.exception("the connection to the coordinator has broken down")
+            self._on_broken(error)
+
+    def _serve(self) -> None:
+        """Take in what has been answered, tell what is new, and leave one question open."""
+        self._collect()
+        if self._news:
+            self._news = False
+            self._send(0.0)
+        if not self._open:
+            self._send(_POLL_S)
 
     def _send(self, wait_s: float) -> None:
         ref = self._ask(wait_s)

@@ -49,7 +49,7 @@ class Link:
         self.on_view: Callable[[], None] = lambda: None
         self._home = home
         self._told: set[int] = set()
-        self.courier = Courier(self.logic, self.condition, self._find, self._viewed)
+        self.courier = Courier(self.logic, self.condition, self._find, self._viewed, self._broken)
 
     def open(self) -> None:
         """Find or start the coordinator and this host's agent, and begin to report."""
@@ -84,6 +84,14 @@ class Link:
             elif self.rank == 0:
                 logger.info("step %d is committed as %s/%s", outcome.step, self.url, outcome.prefix)
         self.on_view()
+
+    def _broken(self, error: Exception) -> None:
+        """In the courier's thread, as its last act: nothing will be heard any more."""
+        self.trouble = self.trouble or UnavailableError(
+            f"rank {self.rank} of {self.url} has lost its connection to the coordinator: {error!r}"
+        )
+        with self.condition:
+            self.condition.notify_all()
 
     @property
     def problem(self) -> RayCkptError | None:
