@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any
 
 import ray
@@ -21,6 +21,7 @@ from ray_ckpt.errors import SaveError, StorageError
 from ray_ckpt.protocol.host import Free, HostLogic, StartWrite
 from ray_ckpt.protocol.messages import HostView, WorkerReport, WorkerView
 from ray_ckpt.storage import open_store
+from ray_ckpt.types import ShardReport
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +94,7 @@ class Agent:
         self._start()
         loop = asyncio.get_running_loop()
         if self._pool is not None:
+            # Once more, late: Ray ends idle processes after seconds.
             self._pool.warm_up(self._logic.max_writes)
         return await loop.run_in_executor(None, self._memory_now.prepare, rank, nbytes, slots)
 
@@ -108,18 +110,27 @@ class Agent:
         return self._memory
 
     def _start(self) -> None:
-        if self._memory is not None:
+        """On the first call: Ray takes an exception in the constructor for a permanent death."""
+        if self._pool is not None:
             return
-        self._memory = HostMemory.open(run_id(self._url), self._node_id, self._folder)
         store = open_store(self._url, storage_options=self._options, single_coordinator=self._single_coordinator)
+        self._memory = HostMemory.open(run_id(self._url), self._node_id, self._folder)
+        self._logic.on_segments(self._memory.sealed(), self._memory.layouts())
         self._pool = WriterPool(self._node_id, store)
         self._pool.warm_up(self._logic.max_writes)
-        self._logic.on_segments(self._memory.sealed(), self._memory.layouts())
-        self._spawn(self._poll())
-        self._spawn(self._push())
-        self._spawn(self._watch())
+        for work in (self._poll, self._push, self._watch):
+            self._spawn(self._keep_doing(work))
 
-    def _spawn(self, work: Any) -> None:
+    async def _keep_doing(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Repeat for ever; an error that nobody thought of must not silence the host for good."""
+        while True:
+            try:
+                await work()
+            except Exception:
+                logger.exception("%s: the agent goes on after an unexpected error", self._url)
+                await asyncio.sleep(_POLL_S)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -139,53 +150,62 @@ class Agent:
                 self._spawn(self._write(action))
 
     async def _write(self, start: StartWrite) -> None:
-        assert self._pool is not None
-        order, segment = start.order, start.segment
+        order = start.order
         try:
-            attempt_try = self._memory_now.next_try(segment.name, start.local, order.epoch)
+            attempt_try = self._memory_now.next_try(start.segment.name, start.local, order.epoch)
             if attempt_try >= order.max_tries:
                 raise SaveError(f"none of {order.max_tries} tries was left")
-            report = await self._pool.write(
-                self._memory_now.path(segment.name),
-                generation=order.generation,
-                step=order.step,
-                plan_id=order.plan_id,
-                writer=start.local,
-                prefix=order.prefix,
-                shard_id=attempt_try * order.num_writers + start.writer,
-                num_shards=order.num_shards,
-                attempt=order.attempt,
-                attempt_try=attempt_try,
-            )
-        except SaveError as error:
-            self._logic.on_write_failed(start, str(error), final=True)
-        except StorageError as error:
             final = attempt_try + 1 >= order.max_tries
-            left = "no try is left" if final else "trying again under another name"
-            logger.warning("shard of writer %d of step %d: %s; %s", start.writer, order.step, error, left)
-            self._logic.on_write_failed(start, str(error), final=final)
-        else:
-            self._logic.on_written(start, report)
+            try:
+                report = await self._write_try(start, attempt_try)
+            except StorageError as error:
+                left = "no try is left" if final else "trying again under another name"
+                logger.warning("shard of writer %d of step %d: %s; %s", start.writer, order.step, error, left)
+                self._logic.on_write_failed(start, str(error), final=final)
+            else:
+                self._logic.on_written(start, report)
+        except Exception as error:
+            # Whatever it is, the save must hear of it: a writer that is neither at work nor done would hold it up.
+            logger.warning("shard of writer %d of step %d: %r", start.writer, order.step, error)
+            self._logic.on_write_failed(start, str(error) or repr(error), final=True)
         self._look()
+
+    async def _write_try(self, start: StartWrite, attempt_try: int) -> ShardReport:
+        assert self._pool is not None
+        order = start.order
+        return await self._pool.write(
+            self._memory_now.path(start.segment.name),
+            generation=order.generation,
+            step=order.step,
+            plan_id=order.plan_id,
+            writer=start.local,
+            prefix=order.prefix,
+            shard_id=attempt_try * order.num_writers + start.writer,
+            num_shards=order.num_shards,
+            attempt=order.attempt,
+            attempt_try=attempt_try,
+        )
 
     # -- the coordinator -------------------------------------------------------------------------------------------
 
     async def _poll(self) -> None:
         """Always have one question open, so that decisions arrive at once."""
-        while True:
-            await self._exchange(_POLL_S)
+        await self._exchange(_POLL_S)
 
     async def _push(self) -> None:
         """Send news at once, several together where they come fast."""
-        while True:
-            await self._news.wait()
-            await asyncio.sleep(_DEBOUNCE_S)
-            self._news.clear()
-            await self._exchange(0.0)
+        await self._news.wait()
+        await asyncio.sleep(_DEBOUNCE_S)
+        self._news.clear()
+        await self._exchange(0.0)
 
     async def _exchange(self, wait_s: float) -> None:
         known = self._logic.view
         seen = (known.epoch, known.version) if known else (0, -1)
+        if self._coordinator is None and self._logic.idle:
+            # Nobody here needs one: to start it would take the directory from a newer job.
+            await asyncio.sleep(_POLL_S)
+            return
         try:
             if self._coordinator is None:
                 self._coordinator = find_or_start(self._url, self._options, single_coordinator=self._single_coordinator)
@@ -204,19 +224,17 @@ class Agent:
 
     async def _watch(self) -> None:
         """Notice workers that died, segments that were sealed without a word, and the end of the run."""
-        while True:
-            await asyncio.sleep(_LOOK_S)
-            for worker, process in self._processes.items():
-                if not process.alive:
-                    self._logic.on_worker_dead(worker)
-            before = self._logic.fingerprint
-            self._logic.on_segments(self._memory_now.sealed())
-            self._act()
-            if self._logic.fingerprint != before:
-                self._news.set()
-            if not self._logic.idle:
-                self._busy_at = time.monotonic()
-            elif time.monotonic() - self._busy_at > self._lease_s:
-                self._memory_now.remove()
-                ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
-                return
+        await asyncio.sleep(_LOOK_S)
+        for worker, process in self._processes.items():
+            if not process.alive:
+                self._logic.on_worker_dead(worker)
+        before = self._logic.fingerprint
+        self._logic.on_segments(self._memory_now.sealed())
+        self._act()
+        if self._logic.fingerprint != before:
+            self._news.set()
+        if not self._logic.idle:
+            self._busy_at = time.monotonic()
+        elif time.monotonic() - self._busy_at > self._lease_s:
+            self._memory_now.remove()
+            ray.kill(ray.get_runtime_context().current_actor, no_restart=True)

@@ -325,11 +325,14 @@ class Checkpointer:
 
         Raises:
             SaveError: the last save failed.
+            FencedError: a newer start of the job has taken over, so the last step was not saved.
         """
         if self._closed:
             return
         try:
-            if self._last is not None and self._ready and self._link.trouble is None:
+            if self._last is not None and self._ready:
+                if self._link.trouble is not None:
+                    raise self._link.trouble
                 self._save_asked(*self._last, "final")
             with self._link.condition:
                 self._link.logic.finish()

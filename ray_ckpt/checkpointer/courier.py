@@ -124,7 +124,11 @@ class Courier:
 
     def _recover(self, error: RayError) -> None:
         """The agent does not answer: Ray restarts it, or a new one is started."""
-        logger.warning("the host's agent does not answer (%s): looking for it again", type(error).__name__)
+        cause = getattr(error, "cause", None)
+        what = f"{type(cause or error).__name__}{f': {cause}' if cause else ''}"
+        logger.warning("the host's agent does not answer (%s): looking for it again", what)
+        with self._condition:
+            self._logic.late = f"the agent of this host ({what})"
         self._open = []
         time.sleep(_AGAIN_S)
         try:

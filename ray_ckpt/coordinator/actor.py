@@ -23,6 +23,9 @@ from ray_ckpt.storage import open_store
 logger = logging.getLogger(__name__)
 
 _TICK_S = 0.2
+_AFTER_ERROR_S = 1.0
+_ABANDONED_S = 600.0
+"""Agents call every second: when none has for so long, nobody will, whatever is left to do (storage may be gone)."""
 _IO_THREADS = 8
 
 Seen = tuple[int, int]
@@ -49,7 +52,7 @@ class Coordinator:
         self._changed = asyncio.Event()
         self._sent: dict[str, HostView] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._busy_at = time.monotonic()
+        self._busy_at = self._called_at = time.monotonic()
 
     # -- called by agents ---------------------------------------------------------------------------------
 
@@ -118,6 +121,8 @@ class Coordinator:
     # -- the machine --------------------------------------------------------------------------------------
 
     def _start(self) -> None:
+        """On every call from outside; the first one begins the work."""
+        self._called_at = time.monotonic()
         if self._executor is not None:
             return
         store = open_store(self._url, storage_options=self._options, single_coordinator=self._single_coordinator)
@@ -152,14 +157,23 @@ class Coordinator:
         self._pump()
 
     async def _tick(self) -> None:
+        """Keep the machine's time; end what nobody needs: a leaked actor would keep its node from scaling down."""
         while True:
             await asyncio.sleep(_TICK_S)
-            self._logic.on_tick(time.time())
+            try:
+                self._logic.on_tick(time.time())
+            except Exception:
+                # Without ticks no deadline would pass and the actor would never end.
+                logger.exception("%s: the coordinator goes on after an unexpected error", self._url)
+                await asyncio.sleep(_AFTER_ERROR_S)
             self._pump()
             if not self._logic.idle:
                 self._busy_at = time.monotonic()
-            elif time.monotonic() - self._busy_at > self._lease_s:
-                # A detached actor that nobody needs would keep its node from scaling down.
+            fenced = self._logic.ledger.phase == "fenced"
+            now = time.monotonic()
+            if fenced or now - self._busy_at > self._lease_s or now - self._called_at > _ABANDONED_S:
+                # Hosts that still need a coordinator start the next one, which reads in the log whose turn it is.
+                logger.info("%s: the coordinator ends: %s", self._url, "it was fenced" if fenced else "no job is left")
                 ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
                 return
 

@@ -193,6 +193,11 @@ class HostLogic:
 
     @property
     def idle(self) -> bool:
-        """No worker goes on, nothing is left to write: the agent may end."""
-        going_on = any(not report.finished and worker not in self._dead for worker, report in self.workers.items())
+        """No worker goes on, nothing is left to write: the agent may end.
+
+        A worker that was refused does not go on: for its sake no coordinator may take the directory over again.
+        """
+        refused = {view.worker for view in self.view.workers if view.refused is not None} if self.view else set()
+        over = self._dead | refused
+        going_on = any(not report.finished and worker not in over for worker, report in self.workers.items())
         return not going_on and not self._writing and not self._segments

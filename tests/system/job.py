@@ -17,8 +17,8 @@ import ray_ckpt
 from ray_ckpt.agent.find import agent_name
 from ray_ckpt.checkpointer import Timeouts
 from ray_ckpt.coordinator.find import NAMESPACE, coordinator_name
-from tests.system.worker import Worker
 from tests.system.waiting import eventually
+from tests.system.worker import Worker
 
 QUICK = Timeouts(start_s=60.0, save_s=60.0, settle_s=20.0, host_s=20.0)
 _CALL_S = 120.0
@@ -98,7 +98,7 @@ class Job:
 
     def until_committed(self, step: int, timeout_s: float = 60.0) -> None:
         """Wait for the commit of a step."""
-        eventually(lambda: step in self.steps(), f"commit of step {step} in {self.url}, found {self.steps()}", timeout_s)
+        eventually(lambda: step in self.steps(), f"commit of step {step} in {self.url}", timeout_s)
 
     def coordinator(self) -> Any:
         """The coordinator's handle."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections.abc import Callable
@@ -31,15 +32,16 @@ def kill_writer_if_any(job: Job) -> bool:
 
 
 def _writer_of(folder: Path) -> int | None:
-    """A writer task's process that has an unfinished file open in the folder."""
-    unfinished = {str(path) for path in folder.glob(TEMPORARY + "*")}
+    """A process in the middle of an object that is too large for an index."""
+    unfinished = set()
+    for path in folder.glob(TEMPORARY + "*"):
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_size > 1 << 20:
+                unfinished.add(str(path))
     for process in Path("/proc").glob("[0-9]*") if unfinished else ():
-        try:
-            opened = {os.readlink(fd) for fd in (process / "fd").iterdir()}
-            if opened & unfinished and b"write_shard" in (process / "cmdline").read_bytes():
+        with contextlib.suppress(OSError):
+            if unfinished & {os.readlink(fd) for fd in (process / "fd").iterdir()}:
                 return int(process.name)
-        except OSError:
-            continue
     return None
 
 
