@@ -67,6 +67,7 @@ class SaveState:
     quiet: bool = False
     fatal: bool = False
     nbytes: int = 0
+    appending: bool = False
 
     @property
     def step(self) -> int:
@@ -103,8 +104,11 @@ class SaveState:
         self.stage = stage
 
     def fail(self, reason: str, *, quiet: bool = False, fatal: bool = False) -> None:
-        """Decide that this save must not commit; the first reason stands."""
-        if self.failure is None and self.stage != "committed":
+        """Decide that this save must not commit; the first reason stands.
+
+        Too late once its record is on the way to the log: then only the log knows.
+        """
+        if self.failure is None and not self.appending:
             self.failure, self.quiet, self.fatal = reason, quiet, fatal
 
 
@@ -360,6 +364,7 @@ class Saves:
             world_size=save.world_size,
         )
         older = tuple(replace(c, superseded=c.superseded or c.step == save.step) for c in head.live)
+        save.appending = True
         return self._ledger.next_record(
             "commit",
             live=(*older, checkpoint),

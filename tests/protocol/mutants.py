@@ -16,7 +16,7 @@ from ray_ckpt.protocol.generation import Generations
 from ray_ckpt.protocol.host import HostLogic
 from ray_ckpt.protocol.keeper import Keeper
 from ray_ckpt.protocol.ledger import Ledger
-from ray_ckpt.protocol.messages import HostView, SegmentInfo
+from ray_ckpt.protocol.messages import SegmentInfo
 from ray_ckpt.protocol.saves import Saves, SaveState
 from ray_ckpt.protocol.worker import WorkerLogic
 from ray_ckpt.testing.simulator.disk import Disk, Op
@@ -69,7 +69,7 @@ def reuse_a_claimed_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Saves, "_claim", claim)
 
 
-@mutant("files")
+@mutant("files", "quiet")
 def skip_the_reading_after_a_claim(monkeypatch: pytest.MonkeyPatch) -> None:
     def claim(self: Saves, save: SaveState) -> Any:
         bare = f"model.ckpt-{save.step}"
@@ -160,18 +160,7 @@ def free_a_segment_under_its_writer(monkeypatch: pytest.MonkeyPatch) -> None:
 @mutant("commits")
 def write_what_the_segment_holds_now(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Writer, "_holds", lambda self: bool(self._slot.contents))
-    take = HostLogic.take
-
-    def free_early(self: HostLogic) -> Any:
-        view = self.view
-        if view is not None:
-            written = {s.save for s in self._segments.values() for o in view.orders if o.save == s.save}
-            self.view = HostView(view.epoch, view.version, decided=tuple(written), orders=view.orders)
-        actions = take(self)
-        self.view = view
-        return actions
-
-    monkeypatch.setattr(HostLogic, "take", free_early)
+    monkeypatch.setattr(Slot, "free", property(lambda self: self.state != "filling"))
 
 
 @mutant("files")
@@ -191,18 +180,12 @@ def delete_data_before_the_record(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Keeper, "_delete_record", delete_record)
 
 
-@mutant("files")
+@mutant("files", "tensorflow")
 def delete_what_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     def until_unused(self: Keeper, prefix: str) -> Any:
         yield Until(lambda: True)
 
     monkeypatch.setattr(Keeper, "_until_unused", until_unused)
-
-
-@mutant("files")
-def delete_what_a_start_is_about_to_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Saves, "_nothing", None, raising=False)
-    monkeypatch.setattr(CoordinatorLogic, "_protected", lambda self: frozenset())
 
 
 @mutant("log")
@@ -262,7 +245,7 @@ def sweep_a_claim_before_the_mark_is_raised(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(Keeper, "_sweep_one", sweep_one)
 
 
-@mutant("files")
+@mutant("files", "commits")
 def sweep_saves_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
     def is_orphan(self: Keeper, claim: Any, before: float) -> bool:
         head = self._ledger.head

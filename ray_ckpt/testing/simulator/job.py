@@ -17,6 +17,14 @@ from ray_ckpt.types import PRIVATE_DIR
 MAX_STARTS = 6
 
 
+def dispose(trainer: Trainer) -> None:
+    """Kill a process of a start that is over, unless it cannot be reached."""
+    if trainer.world.faulty("zombie_worker", 0.6):
+        trainer.cut_off()
+    else:
+        trainer.kill()
+
+
 class Start:
     """The processes of one start of the job."""
 
@@ -27,6 +35,7 @@ class Start:
         self.over = False
         self.requests: dict[str, list[str]] = defaultdict(list)
         size = world.scenario.config(number).world_size
+        hosts = [host for host in hosts if world.hears(host.name)] or hosts
         shift = world.rng.randrange(len(hosts))
         self.trainers = [Trainer(self, rank, hosts[(rank + shift) % len(hosts)]) for rank in range(size)]
 
@@ -52,8 +61,8 @@ class Start:
         """Kill what still runs; what is behind a partition goes on."""
         self.over = True
         for trainer in self.trainers:
-            if trainer.alive and not self.world.faulty("zombie_worker", 0.6):
-                trainer.kill()
+            if trainer.alive:
+                dispose(trainer)
 
 
 class Job:
@@ -90,8 +99,10 @@ class Job:
         if self.finished_at is None:
             self.world.tell("the job is killed")
             for trainer in self.last.trainers:
-                if not self.world.faulty("zombie_worker", 0.4):
-                    trainer.kill()
+                if trainer.alive:
+                    dispose(trainer)
+            if not self.last.broken:
+                self.last.trainers[0].kill()
 
     def _watch(self) -> None:
         if self.finished_at is not None:

@@ -195,7 +195,8 @@ class FileOracle:
         if path in self._written:
             raise Violation("files", f"{path} written by {self._written[path]}, then by {actor}")
         self._written[path] = actor
-        if prefix in self._deleted:
+        claim = CLAIMS + prefix.replace("/", "%2F")
+        if prefix in self._deleted or claim not in self._world.disk.objects:
             self.late.add(path)
 
     def _on_delete(self, path: str, prefix: str) -> None:

@@ -110,7 +110,8 @@ class Simulation:
 
     def _partition(self) -> None:
         host = self.world.rng.choice(self.hosts)
-        self.world.isolate(host.name, self.world.rng.uniform(0.5, 6.0))
+        cut = self.world.rng.choice((self.world.isolate, self.world.deafen))
+        cut(host.name, self.world.rng.uniform(0.5, 6.0))
 
     def _lose_host(self) -> None:
         host = self.world.rng.choice(self.hosts)

@@ -48,7 +48,7 @@ class Scenario:
     change_at: int | None = None
     readers: tuple[float, ...] = ()
     kill_at: tuple[float, ...] = ()
-    horizon: float = 8.0
+    horizon: float = 10.0
     interleaved: bool = False
     faults: frozenset[str] = frozenset()
     crashes: Mapping[str, frozenset[int]] = field(default_factory=dict)
@@ -75,9 +75,46 @@ class Scenario:
 
 
 def draw(seed: int) -> Scenario:
-    """A random scenario: first which kinds of fault there are at all, then the job."""
+    """A random scenario; some are of a kind that chance alone makes too rarely."""
     rng = random.Random(seed)
-    rate = rng.choice((0.0, 0.15, 0.3, 0.5))
+    special = rng.random()
+    if special < 0.1:
+        return _draw_twins(seed, rng)
+    if special < 0.15:
+        return _draw_return(seed, rng)
+    return _draw_swarm(seed, rng)
+
+
+def _draw_twins(seed: int, rng: random.Random) -> Scenario:
+    """Workers of a start that is over reach the same steps as those of the next one, which is as large."""
+    faults = {"kill_job", "zombie_worker", "partition", *rng.sample(FAULTS, 2)} - {"crash_host"}
+    return Scenario(
+        seed=seed,
+        hosts=4,
+        steps=12,
+        slack=rng.choice((0, None)),
+        save_steps=rng.choice((1, 2)),
+        kill_at=(rng.uniform(1.5, 4.0), rng.uniform(4.0, 8.0)),
+        horizon=12.0,
+        faults=frozenset(faults),
+    )
+
+
+def _draw_return(seed: int, rng: random.Random) -> Scenario:
+    """A start goes back to an older step on purpose, and dies before it has saved anything."""
+    return Scenario(
+        seed=seed,
+        steps=16,
+        wishes=(NEWEST, RestoreWish("step", 3), NEWEST),
+        max_to_keep=rng.choice((2, 3, None)),
+        kill_at=(rng.uniform(4.0, 6.0), rng.uniform(6.5, 9.0)),
+        faults=frozenset({"kill_job", *rng.sample(FAULTS, 2)}),
+    )
+
+
+def _draw_swarm(seed: int, rng: random.Random) -> Scenario:
+    """First which kinds of fault there are at all, then the job."""
+    rate = rng.choice((0.0, 0.15, 0.3, 0.5, 0.8))
     faults = frozenset(f for f in FAULTS if rng.random() < rate)
     hosts = rng.randint(1, 3)
     sizes = tuple(rng.randint(1, hosts + 1) for _ in range(rng.randint(1, 3)))
@@ -101,11 +138,11 @@ def draw(seed: int) -> Scenario:
         stop_at=rng.uniform(1.0, 8.0) if rng.random() < 0.15 else None,
         change_at=rng.randint(2, 8) if rng.random() < 0.2 else None,
         readers=tuple(rng.uniform(0.0, 10.0) for _ in range(rng.choice((0, 0, 1, 2)))),
-        kill_at=tuple(rng.uniform(0.5, 8.0) for _ in range(rng.choice((0, 1, 2)))) if "kill_job" in faults else (),
+        kill_at=tuple(rng.uniform(0.5, 10.0) for _ in range(rng.choice((1, 2, 2)))) if "kill_job" in faults else (),
         interleaved=rng.random() < 0.3,
         faults=faults,
     )
 
 
 def _draw_wish(rng: random.Random) -> RestoreWish:
-    return RestoreWish("step", rng.randint(1, 8)) if rng.random() < 0.15 else NEWEST
+    return RestoreWish("step", rng.randint(1, 8)) if rng.random() < 0.3 else NEWEST

@@ -58,6 +58,8 @@ class Trainer(Process):
         self._layout: Layout | None = None
         self.step = -1
         self.progress: int | None = None
+        self._pace = self.world.rng.uniform(0.2, 0.6)
+        self._deaf_until = 0.0
         host.trainers[self.name] = self
         self._wait: Wait = 0.0
         self._thread = self._main()
@@ -107,7 +109,7 @@ class Trainer(Process):
 
     def on_view(self, epoch: int, version: int, view: WorkerView) -> None:
         """The coordinator's word, through the agent."""
-        if not self.alive:
+        if not self.alive or self.world.now < self._deaf_until:
             return
         self.logic.on_view(epoch, version, view)
         self.world.oracles.training.told(self)
@@ -117,6 +119,15 @@ class Trainer(Process):
             self._close()
             return
         self._look()
+
+    def cut_off(self) -> None:
+        """Left over by a start that is over: it goes on, more slowly, and may not hear for a while that it is."""
+        self.world.tell("%s goes on as a zombie", self.name)
+        self._pace *= self.world.rng.choice((1.0, 3.0, 8.0))
+        seconds = self.world.rng.choice((0.0, 3.0, 8.0))
+        self._deaf_until = self.world.now + seconds
+        if self.world.faulty("partition", 0.5):
+            self.world.deafen(self.where, seconds)
 
     # -- the training thread ------------------------------------------------------------------------------
 
@@ -129,9 +140,8 @@ class Trainer(Process):
         self.report()
         self.progress = self.logic.restored_step or 0
         first = self.progress + 1
-        pace = self.world.rng.uniform(0.2, 0.6)
         for step in range(first, self.scenario.steps + 1, self.scenario.stride):
-            yield pace * self.world.rng.uniform(0.5, 1.5)
+            yield self._pace * self.world.rng.uniform(0.5, 1.5)
             yield lambda step=step: self.start.may_enter(step)  # type: ignore[misc]
             self.step = self.progress = step
             yield from self._save(step, "explicit" if step in self.scenario.explicit else None)

@@ -48,6 +48,7 @@ class World:
         self._random_crashes = 0
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._isolated: dict[str, float] = {}
+        self._deaf: dict[str, float] = {}
         self._planned = {kind: set(numbers) for kind, numbers in scenario.crashes.items()}
 
     # -- time -------------------------------------------------------------------------------------------
@@ -98,9 +99,19 @@ class World:
         self.tell("%s is cut off for %.1f s", where, seconds)
         self._isolated[where] = self.now + seconds
 
-    def reachable(self, a: str, b: str) -> bool:
-        """Whether a message can pass between two places now."""
-        return a == b or all(self._isolated.get(where, -1.0) <= self.now for where in (a, b))
+    def deafen(self, where: str, seconds: float) -> None:
+        """Let nothing in to a place for a while, though its own messages get out."""
+        self.tell("%s hears nothing for %.1f s", where, seconds)
+        self._deaf[where] = self.now + seconds
+
+    def hears(self, where: str) -> bool:
+        """Whether messages reach a place from elsewhere."""
+        return self._deaf.get(where, -1.0) <= self.now
+
+    def reachable(self, source: str, target: str) -> bool:
+        """Whether a message can pass from one place to the other now."""
+        connected = all(self._isolated.get(where, -1.0) <= self.now for where in (source, target))
+        return source == target or (connected and self.hears(target))
 
     def send(self, source: str, target: str, deliver: Callable[[], None]) -> None:
         """One message; it may be lost, doubled, late, and so come out of order."""
