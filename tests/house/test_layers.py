@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("target",),
     ("writer",),
     ("catalog",),
+    ("timeline",),
     ("coordinator",),
     ("agent",),
     ("checkpointer",),

@@ -1,0 +1,1 @@
+"""What ray_ckpt looks like in use."""

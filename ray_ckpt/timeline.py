@@ -1,0 +1,112 @@
+"""Who did what when in the saves of a directory, for people and pictures; nothing depends on it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ray_ckpt.catalog import open_for_reading
+from ray_ckpt.errors import ObjectMissingError
+from ray_ckpt.types import PRIVATE_DIR
+
+logger = logging.getLogger(__name__)
+
+_FOLDER = f"{PRIVATE_DIR}/events"
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotSpan:
+    """One rank's copy into snapshot memory: from ``due``, when its `step()` began, to ``sealed``."""
+
+    rank: int
+    due: float
+    sealed: float
+    trigger: str
+
+
+@dataclass(frozen=True, slots=True)
+class ShardSpan:
+    """One data shard's way into storage; ``tries`` before it failed."""
+
+    writer: int
+    rank: int
+    host: str
+    tries: int
+    nbytes: int
+    began: float
+    ended: float
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """One committed save. All times are in seconds since the epoch, each by the clock of the host it names."""
+
+    step: int
+    generation: int
+    attempt: str
+    prefix: str
+    opened: float
+    committed: float
+    snapshots: tuple[SnapshotSpan, ...]
+    shards: tuple[ShardSpan, ...]
+
+
+def timelines(url: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None) -> list[Timeline]:
+    """The saves of a directory in the order of their commits; a deleted checkpoint's is gone with it.
+
+    What cannot be read is left out with a warning.
+
+    Raises:
+        UsageError, MissingExtraError: not a URL that can be opened.
+        StorageError: the storage failed.
+    """
+    store = open_for_reading(url, storage_options)
+    found = []
+    for info in store.list(_FOLDER):
+        try:
+            found.append(decode_timeline(store.read(info.path)))
+        except ObjectMissingError:
+            # Retention has deleted it meanwhile.
+            continue
+        except (ValueError, KeyError, TypeError) as error:
+            logger.warning("%s/%s is not a timeline, it is left out: %r", store.url, info.path, error)
+    return sorted(found, key=lambda timeline: (timeline.committed, timeline.attempt))
+
+
+def decode_timeline(raw: bytes) -> Timeline:
+    """One save's timeline from its JSON, as the coordinator writes it.
+
+    Raises:
+        ValueError, KeyError, TypeError: it is none.
+    """
+    fields = json.loads(raw)
+    return Timeline(
+        step=int(fields["step"]),
+        generation=int(fields["generation"]),
+        attempt=str(fields["attempt"]),
+        prefix=str(fields["prefix"]),
+        opened=float(fields["opened"]),
+        committed=float(fields["committed"]),
+        snapshots=tuple(
+            SnapshotSpan(int(s["rank"]), float(s["due"]), float(s["sealed"]), str(s["trigger"]))
+            for s in fields["snapshots"]
+        ),
+        shards=tuple(_shard(s) for s in fields["shards"]),
+    )
+
+
+def _shard(fields: dict[str, Any]) -> ShardSpan:
+    began = float(fields["began"])
+    return ShardSpan(
+        writer=int(fields["writer"]),
+        rank=int(fields["rank"]),
+        host=str(fields["host"]),
+        tries=int(fields["try"]),
+        nbytes=int(fields["nbytes"]),
+        began=began,
+        ended=began + float(fields["seconds"]),
+    )
