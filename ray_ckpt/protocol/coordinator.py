@@ -249,13 +249,20 @@ class CoordinatorLogic:
             if outcome is not None:
                 found.append(outcome)
             elif key not in self.saves.active and step not in held:
-                reason = dict(worker.skipped).get(step, "its snapshot is gone, and no coordinator knows how it ended")
-                found.append(SaveOutcome(generation, step, "failed", error=reason))
+                found.append(self._unknown(key, worker))
         if worker.due_step is not None:
             # It may be held for a plan or memory that a save which has failed already will not need.
             outcome = self.saves.outcome((generation, worker.due_step))
             found.extend([outcome] if outcome is not None else [])
         return tuple(found)
+
+    def _unknown(self, key: tuple[int, int], worker: WorkerReport) -> SaveOutcome:
+        """The answer for a save of which neither the log nor anybody's memory has a trace."""
+        reason = dict(worker.skipped).get(key[1])
+        if reason is None and self.saves.decided(key):
+            text = "a later save is committed, and whether this one was is forgotten: it is not kept in any case"
+            return SaveOutcome(*key, "failed", error=text, quiet=True)
+        return SaveOutcome(*key, "failed", error=reason or "its snapshot is gone, and no coordinator has heard of it")
 
     def status(self) -> RunStatus:
         """What is going on, for people."""

@@ -219,7 +219,8 @@ class Saves:
             return None
         found = self.outcomes.get(key)
         if found is None:
-            for c in self._ledger.head.live:
+            head = self._ledger.head
+            for c in (*head.live, *(d.checkpoint for d in head.dying)):
                 if (c.generation, c.step) == key:
                     return SaveOutcome(*key, "committed", c.prefix)
         return found

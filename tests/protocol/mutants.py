@@ -100,7 +100,7 @@ def decide_a_step_that_one_rank_accepted(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(Cut, "_tally", tally)
 
 
-@mutant("commits", "log")
+@mutant("commits", "files")
 def mix_generations(monkeypatch: pytest.MonkeyPatch) -> None:
     save_of = Saves._save_of
 
@@ -121,6 +121,7 @@ def mix_generations(monkeypatch: pytest.MonkeyPatch) -> None:
                             yield start
 
     monkeypatch.setattr(HostLogic, "_startable", startable)
+    monkeypatch.setattr(HostLogic, "_releasable", staticmethod(lambda segment, view: segment.step in {s for _, s in view.decided}))
 
 
 @mutant("log")
