@@ -345,6 +345,7 @@ class Checkpointer:
         if self._closed:
             return
         self._closed = True
+        self._ready = False
         self._last = None
         with self._link.condition:
             self._link.logic.finish()

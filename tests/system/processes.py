@@ -11,7 +11,6 @@ from pathlib import Path
 from ray_ckpt.coordinator import run_id
 from ray_ckpt.errors import StorageError
 from ray_ckpt.snapshot import Segment, SegmentState, default_folder
-from ray_ckpt.storage.local import TEMPORARY
 from tests.system.job import Job, get
 from tests.system.waiting import eventually
 
@@ -32,16 +31,14 @@ def kill_writer_if_any(job: Job) -> bool:
 
 
 def _writer_of(folder: Path) -> int | None:
-    """A process in the middle of an object that is too large for an index."""
-    unfinished = set()
-    for path in folder.glob(TEMPORARY + "*"):
-        with contextlib.suppress(FileNotFoundError):
-            if path.stat().st_size > 1 << 20:
-                unfinished.add(str(path))
-    for process in Path("/proc").glob("[0-9]*") if unfinished else ():
+    """A process in the middle of an object that is too large for an index; unfinished files have no name."""
+    start = f"{folder}/"
+    for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if unfinished & {os.readlink(fd) for fd in (process / "fd").iterdir()}:
-                return int(process.name)
+            for fd in (process / "fd").iterdir():
+                target = os.readlink(fd)
+                if target.startswith(start) and target.endswith("(deleted)") and fd.stat().st_size > 1 << 20:
+                    return int(process.name)
     return None
 
 

@@ -110,7 +110,7 @@ def test_a_job_in_another_cluster_takes_the_directory_over(make_job: Callable[..
     assert other.returncode == 0, other.stderr
     assert other.stdout.splitlines()[-1] == "[2, 4, 6]"
     with pytest.raises(FencedError, match=r"generation 1 is over: the job was started again \(now generation 2\)"):
-        job.all("train", 3, 60, states.small, 0.1)
+        job.all("train", 3, 400, states.small, 0.1)
     assert job.steps() == [2, 4, 6]
 
 
