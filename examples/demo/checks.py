@@ -47,7 +47,7 @@ def same_eval_loss(before: Sequence[Story], after: Sequence[Story]) -> Check:
 
 
 def loss_goes_on(before: Sequence[Story], after: Sequence[Story]) -> Check:
-    """A step trained both before the kill and after the restore has the same loss; the loss ends lower than it began."""
+    """A step trained both before the kill and after the restore has the same loss; it ends lower than it began."""
     first = {event.step: event.loss for event in before[0].steps}
     second = {event.step: event.loss for event in after[0].steps}
     claim = "training goes on where it was"

@@ -105,7 +105,8 @@ def _nodes(hosts: int) -> list[str]:
 
 
 def _children() -> list[psutil.Process]:
-    return psutil.Process().children(recursive=True)
+    found: list[psutil.Process] = psutil.Process().children(recursive=True)
+    return found
 
 
 def _shut_down(cluster: Any, before: set[int]) -> None:

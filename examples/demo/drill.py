@@ -15,6 +15,7 @@ from examples.demo.display import Display
 from examples.demo.fleet import Fleet
 from examples.demo.journal import Story
 from examples.demo.trainer import Job
+from ray_ckpt.errors import UsageError
 
 _LOOK_S = 0.2
 _HUNT_S = 0.01
@@ -120,7 +121,7 @@ class Drill:
         return len(steps) >= self._steps if self._steps else steps[-1].ended - steps[0].began >= self._seconds
 
     def _strike(self, fleet: Fleet, status: Any) -> bool:
-        """Kill one process if a save is under way whose snapshots are all taken and whose shards are not all written."""
+        """Kill one process if a save is under way with all its snapshots taken and not all its shards written."""
         for save in status.saves if status is not None else ():
             if save.sealed == status.world_size and save.shards_done < save.shards:
                 rank = len(self._job.hosts) // 2
@@ -164,6 +165,6 @@ class Drill:
     def _status(self) -> Any:
         try:
             return ray_ckpt.status(self._job.url)
-        except ray_ckpt.errors.UsageError:
+        except UsageError:
             # No coordinator yet.
             return None

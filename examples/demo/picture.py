@@ -175,7 +175,7 @@ def _mark_restore(axes: Any, outcome: Outcome, zero: float) -> None:
     axes.plot([outcome.killed_at - zero, at], [loss, loss], color=COMMIT, linewidth=1, linestyle="--")
     axes.plot(at, loss, "D", markerfacecolor="white", markeredgecolor=STARTS[1], markersize=7)
     text = f"step {story.restored.step} restored on {len(outcome.after)} hosts: {loss:.4f}"
-    axes.annotate(text, (at, loss), xytext=(0, 12), textcoords="offset points", ha="center")
+    axes.annotate(text, (at, loss), xytext=(9, 6), textcoords="offset points")
 
 
 def _mark_kill(axes: Any, outcome: Outcome, zero: float) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pydoc_data.topics
+from typing import Any
 
 import numpy as np
 
-Array = np.ndarray[tuple[int, ...], np.dtype[np.int32]]
+Array = np.ndarray[Any, np.dtype[np.int32]]
 
 _EVAL_SEED = 2**31
 
@@ -28,7 +29,8 @@ class Corpus:
         So training needs no saved position in its data: a job that goes on at a step sees what it would have seen.
         """
         starts = np.random.default_rng(step).integers(0, len(self.tokens) - length, sequences)
-        return self.tokens[starts[:, None] + np.arange(length + 1)]
+        found: Array = self.tokens[starts[:, None] + np.arange(length + 1)]
+        return found
 
     def eval_batch(self, sequences: int, length: int) -> Array:
         """The fixed batch by which two states of the model are compared; the same form as `batch`."""
