@@ -22,6 +22,7 @@ def align(step: int, seen: int, stride: int) -> int:
 
 def first_crossing(seen: int, earliest: int, every: int, stride: int) -> int:
     """The first step >= ``earliest`` on the stride at which a multiple of ``every`` is crossed after ``seen``."""
+    earliest = align(earliest, seen, stride)
     multiple = (max(earliest - stride, seen) // every + 1) * every
     return align(max(multiple, earliest), seen, stride)
 

@@ -88,7 +88,7 @@ class Ledger:
             record = build(self.head)
             if record is None:
                 continue
-            won, top = yield from self.retry(Append(record))
+            won, _ = yield from self.retry(Append(record))
             if not won:
                 self.fence()
                 return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -28,21 +28,22 @@ Patch = Callable[[pytest.MonkeyPatch], None]
 
 @dataclass(frozen=True)
 class Mutant:
-    """``oracles``: who may find it."""
+    """``oracles``: who may find it. ``seed``: where to look first, since some bugs show in few runs only."""
 
     name: str
     patch: Patch
     oracles: tuple[str, ...]
+    seed: int
 
 
 MUTANTS: list[Mutant] = []
 
 
-def mutant(*oracles: str) -> Callable[[Patch], Patch]:
+def mutant(*oracles: str, seed: int = 0) -> Callable[[Patch], Patch]:
     """Register a patch under its function's name."""
 
     def register(patch: Patch) -> Patch:
-        MUTANTS.append(Mutant(patch.__name__, patch, oracles))
+        MUTANTS.append(Mutant(patch.__name__, patch, oracles, seed))
         return patch
 
     return register
@@ -69,7 +70,7 @@ def reuse_a_claimed_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Saves, "_claim", claim)
 
 
-@mutant("files", "quiet")
+@mutant("files", "quiet", seed=162)
 def skip_the_reading_after_a_claim(monkeypatch: pytest.MonkeyPatch) -> None:
     def claim(self: Saves, save: SaveState) -> Any:
         bare = f"model.ckpt-{save.step}"
@@ -82,7 +83,7 @@ def skip_the_reading_after_a_claim(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Saves, "_claim", claim)
 
 
-@mutant("training", "quiet", "progress")
+@mutant("training", "quiet", "progress", seed=618)
 def vote_for_a_step_that_was_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     def vote(self: WorkerLogic, proposal: Any) -> None:
         self._accepted[proposal.id] = proposal
@@ -90,7 +91,7 @@ def vote_for_a_step_that_was_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(WorkerLogic, "_vote", vote)
 
 
-@mutant("training", "quiet", "progress")
+@mutant("training", "quiet", "progress", seed=135)
 def decide_a_step_that_one_rank_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     original = Cut._tally
 
@@ -100,7 +101,7 @@ def decide_a_step_that_one_rank_accepted(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(Cut, "_tally", tally)
 
 
-@mutant("commits", "files")
+@mutant("commits", "files", seed=49)
 def mix_generations(monkeypatch: pytest.MonkeyPatch) -> None:
     save_of = Saves._save_of
 
@@ -121,7 +122,9 @@ def mix_generations(monkeypatch: pytest.MonkeyPatch) -> None:
                             yield start
 
     monkeypatch.setattr(HostLogic, "_startable", startable)
-    monkeypatch.setattr(HostLogic, "_releasable", staticmethod(lambda segment, view: segment.step in {s for _, s in view.decided}))
+    monkeypatch.setattr(
+        HostLogic, "_releasable", staticmethod(lambda segment, view: segment.step in {s for _, s in view.decided})
+    )
 
 
 @mutant("log")
@@ -138,14 +141,12 @@ def commit_a_save_of_the_last_generation(monkeypatch: pytest.MonkeyPatch) -> Non
         if record is None:
             return None
         last = record.live[-1]
-        from dataclasses import replace
-
         return replace(record, live=(*record.live[:-1], replace(last, generation=key[0])))
 
     monkeypatch.setattr(Saves, "_commit_record", commit_record)
 
 
-@mutant("memory")
+@mutant("memory", seed=57)
 def free_a_segment_under_its_writer(monkeypatch: pytest.MonkeyPatch) -> None:
     original = HostLogic.take
 
@@ -257,8 +258,6 @@ def sweep_saves_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @mutant("log")
 def carry_on_when_fenced(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dataclasses import replace
-
     def serve(self: Ledger) -> Any:
         yield from self._claim()
         while True:
@@ -280,6 +279,12 @@ def carry_on_when_fenced(monkeypatch: pytest.MonkeyPatch) -> None:
 @mutant("quiet")
 def forget_to_tell_of_failures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Saves, "_hopeless", lambda self, save, rank, config: None)
-    monkeypatch.setattr(CoordinatorLogic, "_outcomes", lambda self, report, worker, generation: tuple(
-        o for s in worker.pending if (o := self.saves.outcome((generation, s))) is not None and o.state == "committed"
-    ))
+    monkeypatch.setattr(
+        CoordinatorLogic,
+        "_outcomes",
+        lambda self, report, worker, generation: tuple(
+            o
+            for s in worker.pending
+            if (o := self.saves.outcome((generation, s))) is not None and o.state == "committed"
+        ),
+    )

@@ -82,7 +82,7 @@ def _put_metadata(io: flows.PutMetadata) -> Callable[[Store], Any]:
 
 def _put_index(io: flows.PutIndex) -> Callable[[Store], Any]:
     path, data = index_name(io.save.prefix), index_of(io.save, io.metadata)
-    nbytes = len(data) + sum(s.nbytes for s in io.save.shards.values())
+    nbytes: int = len(data) + sum(s.nbytes for s in io.save.shards.values())
 
     def run(store: Store) -> int:
         store.put(path, data)

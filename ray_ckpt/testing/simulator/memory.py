@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ray_ckpt.protocol.messages import SegmentInfo
-from ray_ckpt.types import Layout
 from ray_ckpt.testing.simulator.world import Process
+from ray_ckpt.types import Layout
 
 
 @dataclass(slots=True, eq=False)

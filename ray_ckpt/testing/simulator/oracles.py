@@ -15,8 +15,8 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from ray_ckpt.testing.simulator.disk import Mutation
-from ray_ckpt.testing.simulator.rule import LOG, damage_of, newest, parsed, top_record
 from ray_ckpt.testing.simulator.host import Agent, Writer
+from ray_ckpt.testing.simulator.rule import LOG, damage_of, newest, parsed, top_record
 from ray_ckpt.testing.simulator.world import Violation, World
 
 if TYPE_CHECKING:
@@ -154,6 +154,7 @@ class CommitOracle:
         tokens = {token for *_, token in entries}
         sources = {self._taken[token] for token in tokens}
         text = f"step {checkpoint['step']} is made of (start, step, rank) {sorted(sources)}"
+        self._require(bool(sources), text)
         start, step, _ = next(iter(sources))
         self._require(sources == {(start, step, rank) for rank in range(self._sizes[start])}, text)
         self._require(step == checkpoint["step"] and self._sizes[start] == checkpoint["world_size"], text)

@@ -231,9 +231,7 @@ class Trainer(Process):
         assert generation is not None
         yield self.world.rng.uniform(0.01, 0.1)
         token = self.world.oracles.commits.taken(self, step, mine)
-        rows = [
-            [mine.leaves[c.leaf].name, list(c.box.offset), list(c.box.shape), token] for c in plan.copies
-        ]
+        rows = [[mine.leaves[c.leaf].name, list(c.box.offset), list(c.box.shape), token] for c in plan.copies]
         info = SegmentInfo(
             rank=self.rank,
             generation=generation,

@@ -6,6 +6,7 @@ import heapq
 import random
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from ray_ckpt.errors import StorageError
@@ -63,10 +64,8 @@ class World:
         if not self._heap:
             return False
         self.now, _, act = heapq.heappop(self._heap)
-        try:
+        with suppress(Crashed):
             act()
-        except Crashed:
-            pass
         return True
 
     def tell(self, text: str, *values: Any) -> None:
