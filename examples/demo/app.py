@@ -51,7 +51,7 @@ def demo(
             outcome = _train(console, url, output / "journals", hosts, save_secs, steps, seconds)
         results = _judge(console, outcome, url, output, tensorflow)
     except (DrillError, FleetError) as error:
-        console.print(f"[red]the demo failed[/]: {error}\nwhat Ray said is in {output / 'ray.log'}")
+        console.print(f"[red]the demo failed[/]: {error}\nits processes' logs are in {output / 'ray-logs'}")
         raise typer.Exit(1) from error
     except KeyboardInterrupt:
         console.print("interrupted; everything that was started has been ended")
@@ -64,7 +64,7 @@ def demo(
 def _clear(output: Path, directory: str | None) -> str:
     """Remove what an earlier demo has left in its own folder; the URL to save to."""
     output.mkdir(parents=True, exist_ok=True)
-    for name in ("journals", "checkpoints"):
+    for name in ("journals", "checkpoints", "ray-logs"):
         shutil.rmtree(output / name, ignore_errors=True)
     if directory is None:
         return str(output / "checkpoints")
@@ -86,7 +86,11 @@ def _train(
     with pod(hosts) as running:
         console.print(f"  {hosts} raylets run after {time.monotonic() - began:.0f} s; training begins")
         job = Job(1, url, tuple(range(hosts)), save_secs, str(running.memory), journals)
-        outcome = Drill(console, job, steps, seconds).run()
+        try:
+            outcome = Drill(console, job, steps, seconds).run()
+        except (DrillError, FleetError):
+            shutil.copytree(running.logs, journals.parent / "ray-logs")
+            raise
         console.print("  training is done; ending the cluster")
     return outcome
 

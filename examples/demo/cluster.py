@@ -66,7 +66,7 @@ class Pod:
 
     def __init__(self, nodes: list[str], folder: Path, memory: Path) -> None:
         self.nodes = nodes
-        self.folder = folder
+        self.logs = folder / "ray" / "session_latest" / "logs"
         self.memory = memory
 
 
