@@ -17,10 +17,19 @@ from ray_ckpt import log
 from ray_ckpt.checkpointer import restoring
 from ray_ckpt.checkpointer.link import Home, Link
 from ray_ckpt.checkpointer.saving import Saver
-from ray_ckpt.checkpointer.settings import DEFAULT_TIMEOUTS, Timeouts, checked, ensure_ray, who_am_i
+from ray_ckpt.checkpointer.settings import (
+    DEFAULT_TIMEOUTS,
+    Timeouts,
+    check_place,
+    check_positive,
+    checked,
+    ensure_ray,
+    who_am_i,
+)
 from ray_ckpt.coordinator import find, run_id
-from ray_ckpt.errors import SaveError, UsageError
-from ray_ckpt.protocol.messages import JobConfig, Overlap, Proposal, RestoreWish, RunStatus, Trigger
+from ray_ckpt.errors import RayCkptError, SaveError, UsageError
+from ray_ckpt.protocol.messages import JobConfig, Overlap, Proposal, RestoreWish, RunStatus, SaveOutcome, Trigger
+from ray_ckpt.protocol.worker import Due
 from ray_ckpt.storage import open_store
 from ray_ckpt.target import restore_state
 
@@ -94,6 +103,10 @@ class Checkpointer:
     ) -> None:
         if on_error not in ("warn", "raise"):
             raise UsageError(f'on_error must be "warn" or "raise", found {on_error!r}')
+        if not isinstance(timeouts, Timeouts):
+            raise UsageError(f"timeouts must be a ray_ckpt.Timeouts, found {timeouts!r}")
+        check_positive("timeouts.start_s", timeouts.start_s, whole=False)
+        check_positive("writers_per_host", writers_per_host, whole=True)
         self.rank, self.world_size = who_am_i(rank, world_size)
         config = checked(
             JobConfig(
@@ -115,9 +128,10 @@ class Checkpointer:
             )
         )
         self._store = open_store(url, storage_options=storage_options, single_coordinator=single_coordinator)
+        self.url = self._store.url
+        check_place(self.url)
         if self.rank == 0:
             self._store.check()
-        self.url = self._store.url
         home = Home(
             url=self.url,
             storage_options=dict(storage_options or {}),
@@ -134,6 +148,7 @@ class Checkpointer:
         self._config = config
         self._start_timeout_s = timeouts.start_s
         self._last: tuple[int, Any] | None = None
+        self._told: set[int] = set()
         self._ready = False
         self._closed = False
         self._saver = Saver(link, run_id(self.url), config)
@@ -208,10 +223,7 @@ class Checkpointer:
         self._last = (step, state)
         if due is None:
             return
-        if due.snapshot is not None:
-            self._saver.save(step, _resolve(state), due.snapshot)
-        if due.stop is not None:
-            self._heed(due.stop)
+        self._act(due, state)
 
     def save(self, step: int, state: Any, *, force: bool = False) -> None:
         """Save this step now, in the background; call it on every worker with the same step.
@@ -229,9 +241,18 @@ class Checkpointer:
     def _save_asked(self, step: int, state: Any, trigger: Trigger) -> None:
         with self._link.condition:
             due = self._link.logic.arrive(step, ask=trigger)
-        if due is not None and due.snapshot is not None:
-            self._saver.save(step, _resolve(state), due.snapshot)
-        if due is not None and due.stop is not None:
+        if due is not None:
+            self._act(due, state)
+
+    def _act(self, due: Due, state: Any) -> None:
+        if due.snapshot is not None:
+            try:
+                self._saver.save(due.step, _resolve(state), due.snapshot)
+            except RayCkptError:
+                # The caller hears of it here and now; `wait` need not say it again.
+                self._told.add(due.step)
+                raise
+        if due.stop is not None:
             self._heed(due.stop)
 
     def _prepare(self, state: Any) -> None:
@@ -273,18 +294,23 @@ class Checkpointer:
         """Wait until every snapshot taken so far is committed or has failed.
 
         Raises:
-            SaveError: one of them failed; the text says which and why.
+            SaveError: one of them failed since the last `wait`; the text says which and why.
             UnavailableError: not in time; names who is late.
         """
+        failed = [outcome for outcome in self._settle(timeout_s) if outcome.step not in self._told]
+        self._told.update(outcome.step for outcome in failed)
+        if failed:
+            raise SaveError(f"{self.url}: step {failed[-1].step} was not saved: {failed[-1].error}")
+
+    def _settle(self, timeout_s: float | None = None) -> list[SaveOutcome]:
+        """Wait until all is decided; the failures of late, by step."""
         logic = self._link.logic
         with self._link.condition:
             awaited = list(logic.undecided)
         limit = timeout_s if timeout_s is not None else self._config.save_timeout_s + _CALL_S
         self._link.wait(lambda: not any(s in logic.undecided for s in awaited), limit, f"the saves of steps {awaited}")
-        ended = [logic.outcomes[s] for s in awaited if s in logic.outcomes]
-        failed = [outcome for outcome in ended if outcome.state == "failed" and not outcome.quiet]
-        if failed:
-            raise SaveError(f"{self.url}: step {failed[-1].step} was not saved: {failed[-1].error}")
+        with self._link.condition:
+            return [o for _, o in sorted(logic.outcomes.items()) if o.state == "failed" and not o.quiet]
 
     # -- looking --------------------------------------------------------------------------------------------
 
@@ -324,7 +350,7 @@ class Checkpointer:
         """Save the last step if it is not saved yet, wait for all saves, and leave. May be called again.
 
         Raises:
-            SaveError: the last save failed.
+            SaveError: the last step was not saved.
             FencedError: a newer start of the job has taken over, so the last step was not saved.
         """
         if self._closed:
@@ -337,7 +363,9 @@ class Checkpointer:
             with self._link.condition:
                 self._link.logic.finish()
             self._link.courier.nudge()
-            self.wait()
+            lost = [outcome for outcome in self._settle() if self._last and outcome.step == self._last[0]]
+            if lost:
+                raise SaveError(f"{self.url}: the last step, {lost[0].step}, was not saved: {lost[0].error}")
         finally:
             self._leave()
 

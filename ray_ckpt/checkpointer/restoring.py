@@ -8,7 +8,7 @@ from typing import Any
 
 from ray_ckpt import log
 from ray_ckpt.checkpointer.link import Link
-from ray_ckpt.errors import DamagedError, NoCheckpointError, ObjectMissingError
+from ray_ckpt.errors import DamagedError, NoCheckpointError, ObjectMissingError, UsageError
 from ray_ckpt.protocol.messages import RestoreDecision, RestoreResult, RestoreWish
 from ray_ckpt.restore import StoredCheckpoint, open_checkpoint
 from ray_ckpt.storage import Store
@@ -27,6 +27,7 @@ def restore(link: Link, store: Store, wish: RestoreWish, read: Read, timeout_s: 
     Raises:
         CheckpointError: the step asked for is not there or is damaged, or no checkpoint can be read.
         UnavailableError: not all ranks came; names who is late.
+        UsageError: the directory is not the coordinator's, but one of this host alone.
     """
     with link.condition:
         link.logic.wish(wish)
@@ -35,6 +36,7 @@ def restore(link: Link, store: Store, wish: RestoreWish, read: Read, timeout_s: 
     while True:
         decision = _next_decision(link, key, timeout_s)
         key = decision.key
+        _check_shared(link, store, decision)
         value, damage = _read(link, store, decision, read)
         with link.condition:
             link.logic.restore_read(RestoreResult(*key, damage))
@@ -81,6 +83,19 @@ def _read(link: Link, store: Store, decision: RestoreDecision, read: Read) -> tu
             return read(open_checkpoint(store, chosen)), None
     except (DamagedError, ObjectMissingError) as error:
         return None, str(error)
+
+
+def _check_shared(link: Link, store: Store, decision: RestoreDecision) -> None:
+    """A path may name another folder on each host; then the coordinator's log is not here."""
+    if not store.url.startswith("file://"):
+        return
+    head = log.read_head(store)
+    if head is None or head.generation is None or head.generation.number < decision.generation:
+        found = "no log at all" if head is None else "an older log"
+        raise UsageError(
+            f"{link.url} holds {found} on this host (rank {link.rank}), but the coordinator has written generation "
+            f"{decision.generation}: the directory must be one that all hosts share, such as NFS, or a bucket"
+        )
 
 
 def _tell(link: Link, decision: RestoreDecision) -> None:

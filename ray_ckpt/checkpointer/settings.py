@@ -33,6 +33,13 @@ _TIMES = "save_secs keep_every_hours save_timeout_s settle_timeout_s host_timeou
 _WHOLE = frozenset(_COUNTS.split())
 _POSITIVE = _WHOLE | frozenset(_TIMES.split())
 _OVERLAPS = ("wait", "skip", "coalesce")
+_ARGUMENTS = {
+    "slots": "snapshots",
+    "save_timeout_s": "timeouts.save_s",
+    "settle_timeout_s": "timeouts.settle_s",
+    "host_timeout_s": "timeouts.host_s",
+}
+"""What users call some of the job's settings."""
 
 
 def checked(config: JobConfig) -> JobConfig:
@@ -45,19 +52,32 @@ def checked(config: JobConfig) -> JobConfig:
         raise UsageError("give save_steps or save_secs, not both; request_save() asks for a save at any time")
     for field in fields(config):
         value = getattr(config, field.name)
-        if value is None or field.name not in _POSITIVE:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise UsageError(f"{field.name} must be a number, found {value!r}")
-        if field.name in _WHOLE and not isinstance(value, int):
-            raise UsageError(f"{field.name} must be a whole number, found {value!r}")
-        if not value > 0:
-            raise UsageError(f"{field.name} must be positive, found {value!r}")
+        if value is not None and field.name in _POSITIVE:
+            check_positive(_ARGUMENTS.get(field.name, field.name), value, whole=field.name in _WHOLE)
     if config.overlap not in _OVERLAPS:
         raise UsageError(f"overlap must be one of {', '.join(_OVERLAPS)}, found {config.overlap!r}")
     if not config.delete_grace_s >= 0:
         raise UsageError(f"delete_grace_s must not be negative, found {config.delete_grace_s!r}")
     return config
+
+
+def check_positive(name: str, value: object, *, whole: bool) -> None:
+    """Raise `UsageError` unless it is a positive number, a whole one if asked for."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UsageError(f"{name} must be a number, found {value!r}")
+    if whole and not isinstance(value, int):
+        raise UsageError(f"{name} must be a whole number, found {value!r}")
+    if not value > 0:
+        raise UsageError(f"{name} must be positive, found {value!r}")
+
+
+def check_place(url: str) -> None:
+    """Raise `UsageError` for a store that the processes of a job cannot share."""
+    if url.startswith("memory://"):
+        raise UsageError(
+            f"{url} lives in the memory of one process, but workers, agents and coordinator are several: use a "
+            "directory or a bucket"
+        )
 
 
 def who_am_i(rank: int | None, world_size: int | None) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -33,10 +34,9 @@ def trained(job: Job, world: int, last: int, make: Any = states.small) -> Job:
 
 
 def break_shards(path: Path, step: int) -> None:
-    """Nothing can be written where the shards of a step go: folders lie there."""
-    for shard in range(16):
-        for total in range(2, 17):
-            (path / f"model.ckpt-{step}.data-{shard:05d}-of-{total:05d}").mkdir()
+    """Where the shards of a step go (two writers, three tries, the coordinator's) folders lie: nothing can."""
+    for shard in range(7):
+        (path / f"model.ckpt-{step}.data-{shard:05d}-of-00007").mkdir()
 
 
 def test_failed_saves_are_warned_about_and_then_stop_all_at_one_step(make_job: Callable[..., Job]) -> None:
@@ -48,12 +48,12 @@ def test_failed_saves_are_warned_about_and_then_stop_all_at_one_step(make_job: C
         assert "step 4 was not saved: shard of writer" in text[0]
         assert text[0].endswith("training goes on")
     job.until_committed(6)
-    for step in (8, 10):
+    for step in range(8, 100, 2):
         break_shards(job.path, step)
     texts = []
     for ref in job.begin("train", 7, 500, states.small, 0.02):
         with pytest.raises(
-            SaveError, match=r"all workers stop at step \d+: save of step 10 failed: .* \(2 in a row\)"
+            SaveError, match=r"all workers stop at step \d+: save of step \d+ failed: .* \(2 in a row\)"
         ) as e:
             get(ref)
         texts.append(str(e.value).rpartition("all workers stop at step")[2])
@@ -163,7 +163,7 @@ def test_a_structure_that_changes_on_one_rank_is_an_error(make_job: Callable[...
         with pytest.raises((StateError, SaveError)) as caught:
             get(ref)
         texts.append(str(caught.value))
-    assert any("'w'" in text or "another structure" in text for text in texts), texts
+    assert all(re.search(r"\bw\b.* must be the same on every rank", text) for text in texts), texts
     assert job.steps() == [2]
     assert all(report.ok for report in ray_ckpt.verify(job.url))
 

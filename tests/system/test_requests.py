@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+
 import ray_ckpt
 from ray_ckpt.coordinator import request_save
 from ray_ckpt.errors import UsageError
@@ -112,7 +113,7 @@ def test_the_last_step_is_saved_on_a_clean_exit_alone(make_job: Callable[..., Jo
     def loop(worker: Worker, fail: bool) -> None:
         with worker.ckpt as ckpt:
             ckpt.restore(states.small(worker.rank, worker.world, 0))
-            for step in range((ckpt.restored_step or 0) + 1, (ckpt.restored_step or 0) + 4):
+            for step in (4, 5) if fail else (1, 2, 3):
                 ckpt.step(step, states.small(worker.rank, worker.world, step))
             if fail:
                 raise ArithmeticError("loss is NaN")
