@@ -40,6 +40,7 @@ class Cut:
         self._armed_step = -1
         self._timer: float | None = None
         self._count = 0
+        self._since: float | None = None
 
     def want_stop(self, reason: str, error: str | None = None) -> None:
         """All workers shall stop at one step; with ``error`` they raise it instead of saving."""
@@ -58,7 +59,7 @@ class Cut:
         self._adopt(reports)
         for proposal in [p for p in self.proposals.values() if p.state == "open"]:
             self._tally(proposal, world_size, reports)
-        self._answer_requests(generation, world_size, reports)
+        self._answer_requests(generation, reports, self._is_over(config, world_size, reports))
         if len(reports) == world_size and all(r.started and not r.finished for r in reports.values()):
             self._propose(config, reports)
 
@@ -116,12 +117,19 @@ class Cut:
             del self.proposals[proposal_id]
             self._opened.pop(proposal_id, None)
 
-    def _answer_requests(self, generation: int, world_size: int, reports: Reports) -> None:
-        all_finished = len(reports) == world_size and all(r.finished for r in reports.values())
+    def _is_over(self, config: JobConfig, world_size: int, reports: Reports) -> bool:
+        """Whether no rank will take a further step. Those that nobody has heard of have left before this coordinator
+        started.
+        """
+        self._since = self._ledger.now if self._since is None else self._since
+        heard = len(reports) == world_size or self._ledger.now > self._since + config.host_timeout_s
+        return heard and bool(reports) and all(r.finished for r in reports.values())
+
+    def _answer_requests(self, generation: int, reports: Reports, over: bool) -> None:
         for request_id in list(self.requests):
             step = self._request_steps.get(request_id)
             outcome = self._saves.outcome((generation, step)) if step is not None else None
-            if outcome is None and all_finished:
+            if outcome is None and over:
                 outcome = self._last_outcome(generation, max((r.step for r in reports.values()), default=-1))
             if outcome is not None:
                 self.request_outcomes[request_id] = outcome

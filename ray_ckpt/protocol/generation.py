@@ -26,7 +26,7 @@ class Forming:
     members: dict[int, str] = field(default_factory=dict)
     roll_call: int = 0
     sealing: bool = False
-    failed: bool = False
+    failed: Problem | None = None
 
 
 class Generations:
@@ -99,9 +99,9 @@ class Generations:
             return
         newcomer = report.worker not in self._known
         self._known.add(report.worker)
-        if forming is not None and forming.failed:
+        if forming is not None and forming.failed is not None:
             for rank, worker in forming.members.items():
-                self._refuse(worker, f"rank {rank} joined a start of the job that failed: {self.errors[worker].text}")
+                self._refuse(worker, f"rank {rank} joined a start of the job that failed: {forming.failed.text}")
             forming = None
         if forming is None:
             forming = self.forming = Forming(report.config)
@@ -130,7 +130,9 @@ class Generations:
                 self._refuse(worker, f"rank {rank} was not heard of for too long")
         if not forming.members:
             self.forming = None
-        elif not forming.sealing and not forming.failed and self._is_complete(forming):
+        elif forming.failed is not None:
+            self._fail(forming, forming.failed)
+        elif not forming.sealing and self._is_complete(forming):
             forming.sealing = True
             self._flows.start(self._seal(forming))
 
@@ -196,7 +198,7 @@ class Generations:
         )
 
     def _fail(self, forming: Forming, problem: Problem) -> None:
-        forming.failed = True
+        forming.failed = problem
         for worker in forming.members.values():
             self.errors[worker] = problem
 

@@ -146,6 +146,8 @@ class Keeper:
             yield Until(lambda: self._ledger.head.high_water >= claim.step)
         yield from self._ledger.retry(DeleteIndex(claim.prefix))
         yield from self._ledger.retry(DeleteData(claim.prefix, claim.attempt))
+        # Once more: a coordinator that is gone may have put it meanwhile, and an index looks like a checkpoint.
+        yield from self._ledger.retry(DeleteIndex(claim.prefix))
         yield from self._ledger.retry(DeleteClaim(claim.prefix))
         self._aborted.pop(claim.attempt, None)
 

@@ -1,4 +1,4 @@
-"""Planted bugs, each a small patch of the real protocol (or of what surrounds it). The simulation must find them all."""
+"""Planted bugs, each a small patch of the real protocol or of what surrounds it. The simulation must find them."""
 
 from __future__ import annotations
 

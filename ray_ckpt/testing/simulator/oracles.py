@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ray_ckpt.testing.simulator.disk import Mutation
 from ray_ckpt.testing.simulator.host import Agent, Writer
 from ray_ckpt.testing.simulator.rule import LOG, damage_of, newest, parsed, top_record
+from ray_ckpt.testing.simulator.scenario import GRACE_S
 from ray_ckpt.testing.simulator.world import Violation, World
 
 if TYPE_CHECKING:
@@ -196,9 +197,15 @@ class FileOracle:
         if path in self._written:
             raise Violation("files", f"{path} written by {self._written[path]}, then by {actor}")
         self._written[path] = actor
-        claim = CLAIMS + prefix.replace("/", "%2F")
-        if prefix in self._deleted or claim not in self._world.disk.objects:
+        claim = self._world.disk.objects.get(CLAIMS + prefix.replace("/", "%2F"))
+        if prefix in self._deleted or claim is None or self._is_stale(parsed(claim)["epoch"]):
             self.late.add(path)
+
+    def _is_stale(self, epoch: int) -> bool:
+        """Whether what belongs to this epoch may be swept by now."""
+        top = self._log.top
+        taken_over = [r["time"] for r in self._log.history if r["kind"] == "claim" and r["epoch"] == epoch + 1]
+        return bool(epoch < top["epoch"] and self._world.now > taken_over[0] + GRACE_S)
 
     def _on_delete(self, path: str, prefix: str) -> None:
         top = self._log.top

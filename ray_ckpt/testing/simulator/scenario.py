@@ -15,6 +15,7 @@ CRASH_FAULTS = ("crash_coordinator", "crash_agent", "crash_worker", "crash_write
 ZOMBIE_FAULTS = ("zombie_coordinator", "zombie_worker", "zombie_writer")
 FAULTS = (*NETWORK_FAULTS, *STORE_FAULTS, *CRASH_FAULTS, *ZOMBIE_FAULTS)
 
+GRACE_S = 2.0
 NEWEST = RestoreWish("newest")
 
 
@@ -66,7 +67,7 @@ class Scenario:
             save_timeout_s=15.0,
             settle_timeout_s=6.0,
             host_timeout_s=4.0,
-            delete_grace_s=2.0,
+            delete_grace_s=GRACE_S,
         )
 
     def wish(self, start: int) -> RestoreWish:
