@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import random
 import socket
 import time
 from dataclasses import dataclass
@@ -11,6 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from examples.demo.journal import Finished, Journal, Restored, Step
+
+
+# Below those that the kernel gives to outgoing connections: it must still be free when JAX has been imported.
+_PORTS = range(20_000, 32_000)
 
 
 @dataclass(frozen=True)
@@ -39,9 +45,11 @@ class Trainer:
 
     def free_address(self) -> str:
         """Where rank 0 can have JAX's coordination service listen."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            return f"127.0.0.1:{probe.getsockname()[1]}"
+        for port in random.sample(_PORTS, len(_PORTS)):
+            with socket.socket() as probe, contextlib.suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                return f"127.0.0.1:{port}"
+        raise OSError(f"no port from {_PORTS[0]} to {_PORTS[-1]} is free for JAX's coordination service")
 
     def pid(self) -> int:
         """The process to kill."""
@@ -52,7 +60,8 @@ class Trainer:
         began = time.time()
         import jax
 
-        jax.distributed.initialize(address, len(job.hosts), rank)
+        bind_to = address if rank == 0 else None
+        jax.distributed.initialize(address, len(job.hosts), rank, coordinator_bind_address=bind_to)
         _train(job, rank, Journal(job.journal(rank)), began)
         jax.distributed.shutdown()
 
