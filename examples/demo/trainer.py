@@ -14,7 +14,6 @@ from typing import Any
 
 from examples.demo.journal import Finished, Journal, Restored, Step
 
-
 # Below those that the kernel gives to outgoing connections: it must still be free when JAX has been imported.
 _PORTS = range(20_000, 32_000)
 
