@@ -81,7 +81,8 @@ class Courier:
     def _run(self) -> None:
         try:
             self._wake.set()
-            while not self._closing:
+            # Once refused there is nothing to tell any more, and no agent or coordinator must be revived for it.
+            while not self._closing and self._logic.refused is None:
                 self._wake.wait()
                 self._wake.clear()
                 try:
