@@ -116,7 +116,10 @@ def _draw_hosts(
             own = [save for save in saves if save.generation == _generation(saves, start)]
             _draw_saves(axes, story.rank, own, row, zero, least_s)
     for save in saves:
-        _mark_commit(axes, save, len(hosts), zero, enlarge)
+        # The last two may lie close together: the final save does not wait for its turn.
+        _mark_commit(
+            axes, save, len(hosts), zero, enlarge=enlarge, side="right" if enlarge or save != saves[-1] else "left"
+        )
     _mark_kill(axes, outcome, zero)
     row = len(hosts) - 1 - hosts.index(outcome.killed_host)
     axes.plot(outcome.killed_at - zero, row + LANES["training"], "X", color=KILL, markersize=13, zorder=9)
@@ -158,12 +161,12 @@ def _bars(axes: Any, spans: Bars, middle: float, color: str, **style: Any) -> No
     axes.broken_barh(spans, (middle - _HEIGHT / 2, _HEIGHT), facecolors=color, **style)
 
 
-def _mark_commit(axes: Any, save: Timeline, rows: int, zero: float, enlarge: bool) -> None:
+def _mark_commit(axes: Any, save: Timeline, rows: int, zero: float, *, enlarge: bool, side: str) -> None:
     at = save.committed - zero
     axes.axvline(at, color=COMMIT, linewidth=1.6 if enlarge else 1.0, linestyle="-" if enlarge else ":")
     text = f"step {save.step} committed " if enlarge else str(save.step)
     white = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
-    axes.text(at, rows - 0.3, text, ha="right" if enlarge else "center", fontsize=10, color=COMMIT, bbox=white)
+    axes.text(at, rows - 0.3, text, ha=side, fontsize=10, color=COMMIT, bbox=white)
 
 
 def _mark_restore(axes: Any, outcome: Outcome, zero: float) -> None:
