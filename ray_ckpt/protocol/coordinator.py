@@ -230,6 +230,8 @@ class CoordinatorLogic:
         )
 
     def _late(self) -> str:
+        if not self.generations.started:
+            return self.generations.not_restored()
         saves = sorted(self.saves.active.values(), key=lambda s: s.step)
         if saves:
             return f"step {saves[0].step}: {self.saves.late(saves[0])}"

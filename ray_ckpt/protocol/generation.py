@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from ray_ckpt.protocol.flows import Flow, Flows, Until
 from ray_ckpt.protocol.ledger import Ledger
-from ray_ckpt.protocol.messages import JobConfig, Problem, RestoreDecision, RestoreWish, WorkerReport
+from ray_ckpt.protocol.messages import JobConfig, Problem, RestoreDecision, RestoreResult, RestoreWish, WorkerReport
 from ray_ckpt.protocol.roster import Roster
 from ray_ckpt.protocol.saves import Saves
 from ray_ckpt.types import Checkpoint, Generation, LogRecord
@@ -274,18 +274,35 @@ class Generations:
         if current is None or self.started or self._falling_back or len(self.members) < current.world_size:
             return
         reports = self.reports()
-        results = {
+        results = self._results(current, reports)
+        damage = {rank: r.damage for rank, r in results.items() if r.damage is not None}
+        if damage:
+            self._fall_back(current, damage, reports)
+        elif len(results) == current.world_size:
+            self.started = True
+
+    @staticmethod
+    def _results(current: Generation, reports: dict[int, WorkerReport]) -> dict[int, RestoreResult]:
+        """How the present round's read ended, on the ranks where it has."""
+        return {
             rank: r.restored
             for rank, r in reports.items()
             if r.generation == current.number
             and r.restored is not None
             and (r.restored.generation, r.restored.round) == (current.number, current.round)
         }
-        damage = {rank: r.damage for rank, r in results.items() if r.damage is not None}
-        if damage:
-            self._fall_back(current, damage, reports)
-        elif len(results) == current.world_size:
-            self.started = True
+
+    def not_restored(self) -> str:
+        """Which members the start waits for, for people."""
+        reports = self.reports()
+        done = self._results(self.current, reports) if self.current else {}
+        texts = []
+        for rank in sorted(self.members.keys() - done.keys())[:8]:
+            worker = self.members[rank]
+            gone = self._roster.dead(worker) or (rank in reports and reports[rank].finished)
+            state = "has left without restoring" if gone else "has not restored yet"
+            texts.append(f"rank {rank} on {self._roster.host_name(worker)} {state}")
+        return ", ".join(texts)
 
     def _fall_back(self, current: Generation, damage: dict[int, str], reports: dict[int, WorkerReport]) -> None:
         rank, what = sorted(damage.items())[0]

@@ -188,7 +188,7 @@ def test_ranks_that_disagree_are_told(
     for worker in job.workers:
         get(worker.leave.remote())
     settings = [dict(s) for s in (mine, theirs)]
-    timeouts = Timeouts(start_s=20.0)
+    timeouts = Timeouts(start_s=5.0)
     refs = []
     for rank, (worker, given) in enumerate(zip(job.workers, settings, strict=True)):
         world = given.pop("world", 2)
@@ -206,6 +206,17 @@ def test_a_rank_that_never_comes_is_named(make_job: Callable[..., Job]) -> None:
     job = make_job(timeouts=Timeouts(start_s=3.0)).start(2)
     with pytest.raises(UnavailableError, match=r"rank 0 of .* waited 3 s for .*; late is: rank 1 on .* has not called"):
         job.on(0, "restore")
+
+
+def test_a_rank_that_leaves_in_its_restore_is_named(make_job: Callable[..., Job]) -> None:
+    run(make_job(save_steps=2), 2, 2)
+    job = make_job(timeouts=Timeouts(start_s=5.0)).start(2)
+    waiting = job.workers[0].restore.remote()
+    with pytest.raises(MismatchError):
+        job.on(1, "restore", with_extra)
+    job.on(1, "leave")
+    with pytest.raises(UnavailableError, match=r"all ranks to have restored; late is: rank 1 on .* has left without"):
+        get(waiting)
 
 
 def test_a_target_that_does_not_fit(make_job: Callable[..., Job]) -> None:
