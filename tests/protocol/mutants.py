@@ -170,7 +170,7 @@ def forget_the_tries_when_the_agent_dies(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(Slot, "next_try", lambda self, writer, order: 0)
 
 
-@mutant("files")
+@mutant("files", "tensorflow")
 def delete_data_before_the_record(monkeypatch: pytest.MonkeyPatch) -> None:
     original = Keeper._delete_record
 

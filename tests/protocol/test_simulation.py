@@ -14,18 +14,18 @@ import pytest
 from ray_ckpt.testing.simulator import FAULTS, Scenario, SimulationError, draw, run
 from tests.protocol.mutants import MUTANTS, Mutant
 
-SEEDS = 800
+SEEDS = 640
 """Random runs in `make test`; `python -m ray_ckpt.testing.simulator` makes more."""
 
 CHUNKS = 8
-SMALL = Scenario(seed=1, hosts=2, steps=5, save_steps=2, max_to_keep=1, requests=(1.0,), horizon=2.0)
+SMALL = Scenario(seed=1, hosts=2, steps=4, save_steps=2, max_to_keep=1, requests=(1.0,), horizon=2.0)
 TINY = replace(SMALL, hosts=1, steps=3, requests=())
 
 
 def test_a_job_without_faults_commits_every_due_save() -> None:
     result = run(SMALL)
     assert result.starts == 1
-    assert result.commits >= 3
+    assert result.commits == 2
 
 
 def test_a_run_depends_on_its_seed_alone() -> None:
@@ -67,7 +67,7 @@ KINDS = ("coordinator", "coordinator.store", "agent", "worker", "writer", "write
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_crash_at_every_point(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     points = run(SMALL).points[kind]
-    assert points > 5
+    assert points > 3
     for point in range(1, points + 1):
         run(replace(SMALL, crashes={kind: frozenset({point})}))
     with capsys.disabled():
@@ -96,7 +96,7 @@ def test_a_coordinator_and_another_process_crash(other: str, capsys: pytest.Capt
     points = run(TINY).points
     runs = 0
     for first in range(1, points["coordinator.store"] + 1, 2):
-        for second in range(1, points[other] + 1, max(points[other] // 8, 1)):
+        for second in range(1, points[other] + 1, max(points[other] // 4, 1)):
             run(replace(TINY, crashes={"coordinator.store": frozenset({first}), other: frozenset({second})}))
             runs += 1
     with capsys.disabled():
