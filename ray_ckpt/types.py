@@ -47,8 +47,7 @@ class Box:
         """The common part, or None where the two do not share an element."""
         offset = tuple(map(max, self.offset, other.offset))
         stop = tuple(
-            min(a + n, b + m)
-            for a, n, b, m in zip(self.offset, self.shape, other.offset, other.shape, strict=True)
+            min(a + n, b + m) for a, n, b, m in zip(self.offset, self.shape, other.offset, other.shape, strict=True)
         )
         shape = tuple(e - o for o, e in zip(offset, stop, strict=True))
         return Box(offset, shape) if all(n > 0 for n in shape) else None
@@ -115,8 +114,8 @@ class WriterRange:
 class RankPlan:
     """What one rank copies, in the order of the bytes, and how its writers share it.
 
-    ``writer_base`` is the global index of its first writer of ``num_writers`` in all. ``checks`` are indices of leaves that
-    other ranks hold too and that this rank must digest, so that replicas can be compared.
+    ``writer_base`` is the global index of its first writer of ``num_writers`` in all. ``checks`` are indices of
+    leaves that other ranks hold too and that this rank must digest, so that replicas can be compared.
     """
 
     plan_id: str

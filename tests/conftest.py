@@ -55,9 +55,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
         text = f"{SEED_VARIABLE}={base_seed()} (seed fixture: {seed_of(item.nodeid)})"
         hypothesis_seed = getattr(item, "_hypothesis_seed", None)
         if hypothesis_seed is None:
-            hypothesis_seed = getattr(
-                getattr(item, "obj", None), "_hypothesis_internal_use_generated_seed", None
-            )
+            hypothesis_seed = getattr(getattr(item, "obj", None), "_hypothesis_internal_use_generated_seed", None)
         if hypothesis_seed is not None:
             text += f"\n--hypothesis-seed={hypothesis_seed}"
         report.sections.append(("seeds", text))

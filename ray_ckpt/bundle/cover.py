@@ -37,9 +37,7 @@ def first_fault(shape: Shape, boxes: Sequence[Box]) -> tuple[Shape, int] | None:
         for d in cut:
             low, high, extent = box.offset[d], box.offset[d] + box.shape[d], shape[d] + 1
             corners = [
-                corner
-                for at, sign in corners
-                for corner in ((at * extent + low, sign), (at * extent + high, -sign))
+                corner for at, sign in corners for corner in ((at * extent + low, sign), (at * extent + high, -sign))
             ]
         for at, sign in corners:
             total = difference.pop(at, 0) + sign
@@ -59,11 +57,7 @@ def countable(shape: Shape, boxes: Sequence[Box]) -> bool:
 
 def holders(element: Shape, boxes: Sequence[Box]) -> list[Box]:
     """The boxes that hold an element."""
-    return [
-        box
-        for box in boxes
-        if all(o <= i < o + n for i, o, n in zip(element, box.offset, box.shape, strict=True))
-    ]
+    return [box for box in boxes if all(o <= i < o + n for i, o, n in zip(element, box.offset, box.shape, strict=True))]
 
 
 def _element(at: int, shape: Shape, cut: Sequence[int]) -> Shape:

@@ -77,8 +77,7 @@ def encode_header(num_shards: int) -> bytes:
 
 def _extents(box: Box, shape: Shape) -> list[tuple[int, int]]:
     return [
-        (0, FULL) if n == extent else (start, n)
-        for start, n, extent in zip(box.offset, box.shape, shape, strict=True)
+        (0, FULL) if n == extent else (start, n) for start, n, extent in zip(box.offset, box.shape, shape, strict=True)
     ]
 
 

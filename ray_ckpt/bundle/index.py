@@ -168,9 +168,7 @@ def _read_slices(
 def _read_box(extents: list[tuple[int, int]], shape: Shape) -> Box:
     if len(extents) != len(shape):
         raise DamagedError(f"a slice of rank {len(extents)} in a tensor of rank {len(shape)}")
-    lengths = tuple(
-        extent if length == FULL else length for (_, length), extent in zip(extents, shape, strict=True)
-    )
+    lengths = tuple(extent if length == FULL else length for (_, length), extent in zip(extents, shape, strict=True))
     box = Box(tuple(start for start, _ in extents), lengths)
     if out_of_bounds(shape, (box,)):
         raise DamagedError(f"slice {describe(box)} is not inside shape {shape}")

@@ -33,8 +33,7 @@ def check_tensor(name: str, dtype: str, shape: Shape, boxes: Sequence[Box]) -> N
     check_name(name)
     if dtype not in DTYPE_NAMES:
         raise StateError(
-            f"{name}: TensorFlow checkpoints hold no dtype {dtype!r}; "
-            f"cast to one of {', '.join(sorted(DTYPE_NAMES))}"
+            f"{name}: TensorFlow checkpoints hold no dtype {dtype!r}; cast to one of {', '.join(sorted(DTYPE_NAMES))}"
         )
     _check_shape(name, shape)
     if list(boxes) != [Box.whole(shape)]:
@@ -77,9 +76,7 @@ def _check_slices(name: str, shape: Shape, boxes: Sequence[Box]) -> None:
         return
     element, count = fault
     if count == 0:
-        raise StateError(
-            f"{name}: no slice holds element {element} of shape {shape}; a rank's part is missing"
-        )
+        raise StateError(f"{name}: no slice holds element {element} of shape {shape}; a rank's part is missing")
     first, second = holders(element, boxes)[:2]
     raise StateError(f"{name}: slices {describe(first)} and {describe(second)} overlap at element {element}")
 
@@ -102,9 +99,7 @@ def _check_partitioned(name: str, dtype: str, shape: Shape, count: int) -> None:
     if not shape:
         raise StateError(f"{name}: a scalar cannot be stored in slices; give it to one rank")
     if 0 in shape:
-        raise StateError(
-            f"{name}: shape {shape} has no elements to cut into slices; store it whole, from one rank"
-        )
+        raise StateError(f"{name}: shape {shape} has no elements to cut into slices; store it whole, from one rank")
     if len(shape) > MAX_PARTITIONED_RANK:
         raise StateError(
             f"{name}: rank {len(shape)} in slices, TensorFlow aborts above {MAX_PARTITIONED_RANK}; reshape "

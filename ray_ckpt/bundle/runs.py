@@ -78,8 +78,6 @@ def _check_order(pairs: Sequence[Pair]) -> None:
     for key, _ in pairs:
         if last is not None and key <= last:
             if key == last:
-                raise StateError(
-                    f"{key_name(key)}: written twice; each name and each slice must have one writer"
-                )
+                raise StateError(f"{key_name(key)}: written twice; each name and each slice must have one writer")
             raise UsageError(f"index entries are not sorted: {key_name(key)} follows {key_name(last)}")
         last = key

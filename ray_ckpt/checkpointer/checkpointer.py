@@ -20,8 +20,8 @@ from ray_ckpt.checkpointer.saving import Saver
 from ray_ckpt.checkpointer.settings import (
     DEFAULT_TIMEOUTS,
     Timeouts,
+    check_local,
     check_place,
-    check_positive,
     checked,
     ensure_ray,
     who_am_i,
@@ -101,12 +101,7 @@ class Checkpointer:
         storage_options: Mapping[str, Any] | None = None,
         single_coordinator: bool = False,
     ) -> None:
-        if on_error not in ("warn", "raise"):
-            raise UsageError(f'on_error must be "warn" or "raise", found {on_error!r}')
-        if not isinstance(timeouts, Timeouts):
-            raise UsageError(f"timeouts must be a ray_ckpt.Timeouts, found {timeouts!r}")
-        check_positive("timeouts.start_s", timeouts.start_s, whole=False)
-        check_positive("writers_per_host", writers_per_host, whole=True)
+        check_local(on_error, timeouts, writers_per_host)
         self.rank, self.world_size = who_am_i(rank, world_size)
         config = checked(
             JobConfig(

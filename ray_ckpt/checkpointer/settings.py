@@ -71,6 +71,16 @@ def check_positive(name: str, value: object, *, whole: bool) -> None:
         raise UsageError(f"{name} must be positive, found {value!r}")
 
 
+def check_local(on_error: str, timeouts: Timeouts, writers_per_host: int) -> None:
+    """The settings that are not part of `JobConfig`. Raises `UsageError`."""
+    if on_error not in ("warn", "raise"):
+        raise UsageError(f'on_error must be "warn" or "raise", found {on_error!r}')
+    if not isinstance(timeouts, Timeouts):
+        raise UsageError(f"timeouts must be a ray_ckpt.Timeouts, found {timeouts!r}")
+    check_positive("timeouts.start_s", timeouts.start_s, whole=False)
+    check_positive("writers_per_host", writers_per_host, whole=True)
+
+
 def check_place(url: str) -> None:
     """Raise `UsageError` for a store that the processes of a job cannot share."""
     if url.startswith("memory://"):

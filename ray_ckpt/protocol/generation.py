@@ -79,7 +79,8 @@ class Generations:
                 return
             self.config = self.config or report.config
             self.started = self.started or report.started
-        elif report.started:
+        elif report.started or (bound and report.worker not in self.members.values()):
+            # Not started, but left out when a newer generation was sealed: a leftover that must not join the next.
             number = current.number if current else 0
             self._refuse(
                 report.worker,

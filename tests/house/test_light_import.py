@@ -31,6 +31,4 @@ def test_the_import_is_light(module: str) -> None:
 
 
 def test_a_loaded_framework_is_found() -> None:
-    assert frameworks_loaded_by("import sys, types\nsys.modules['torch'] = types.ModuleType('torch')") == [
-        "torch"
-    ]
+    assert frameworks_loaded_by("import sys, types\nsys.modules['torch'] = types.ModuleType('torch')") == ["torch"]

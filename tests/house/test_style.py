@@ -99,11 +99,7 @@ def prints(source: str, path: str) -> list[str]:
 
 
 def test_modules_and_functions_are_short() -> None:
-    found = [
-        v
-        for path, text in sources("ray_ckpt", "tests", "examples", "benchmarks")
-        for v in too_long(text, path)
-    ]
+    found = [v for path, text in sources("ray_ckpt", "tests", "examples", "benchmarks") for v in too_long(text, path)]
     assert not found, "\n".join(found)
 
 
