@@ -18,6 +18,11 @@ logger = logging.getLogger(__name__)
 _FOLDER = f"{PRIVATE_DIR}/events"
 
 
+def timeline_path(attempt: str) -> str:
+    """Where the timeline of one save lies in its directory."""
+    return f"{_FOLDER}/{attempt}.json"
+
+
 @dataclass(frozen=True, slots=True)
 class SnapshotSpan:
     """One rank's copy into snapshot memory: from ``due``, when its `step()` began, to ``sealed``."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
-import types
 import uuid
 from collections.abc import Mapping
 from types import TracebackType
@@ -31,14 +29,12 @@ from ray_ckpt.errors import RayCkptError, SaveError, UsageError
 from ray_ckpt.protocol.messages import JobConfig, Overlap, Proposal, RestoreWish, RunStatus, SaveOutcome, Trigger
 from ray_ckpt.protocol.worker import Due
 from ray_ckpt.storage import open_store
-from ray_ckpt.target import restore_state
+from ray_ckpt.target import is_function, restore_state
 
 logger = logging.getLogger(__name__)
 
 _STOP_WAIT_S = 120.0
 _CALL_S = 30.0
-
-Functions = (types.FunctionType, types.MethodType, functools.partial)
 
 
 class Checkpointer:
@@ -186,7 +182,7 @@ class Checkpointer:
         if found is None:
             if missing == "error":
                 raise restoring.nothing_found(self.url)
-            state = like() if _is_function(like) else like
+            state = like() if is_function(like) else like
         self._saver.register(state)
         self._ready = True
         return state
@@ -380,10 +376,6 @@ class Checkpointer:
             raise UsageError("this Checkpointer is closed: make a new one")
 
 
-def _is_function(value: Any) -> bool:
-    return isinstance(value, Functions) or (callable(value) and hasattr(value, "lower"))
-
-
 def _resolve(state: Any) -> Any:
     """The state itself, where a function stands for it."""
-    return state() if isinstance(state, Functions) else state
+    return state() if is_function(state) else state

@@ -14,7 +14,8 @@ from ray_ckpt.errors import DamagedError, RayCkptError
 from ray_ckpt.protocol import flows
 from ray_ckpt.protocol.saves import SaveState
 from ray_ckpt.storage import Store
-from ray_ckpt.types import PRIVATE_DIR, Layout, Plan, ShardReport
+from ray_ckpt.timeline import timeline_path
+from ray_ckpt.types import Layout, Plan, ShardReport
 
 PlanOf = Callable[[SaveState], tuple[Plan, Sequence[Layout]]]
 
@@ -119,11 +120,6 @@ _ACTIONS: dict[type[flows.Io], Callable[[Executor, Any], Any]] = {
     flows.PruneLog: Executor._prune_log,
     flows.Committed: Executor._committed,
 }
-
-
-def timeline_path(attempt: str) -> str:
-    """Where the timeline of one save lies."""
-    return f"{PRIVATE_DIR}/events/{attempt}.json"
 
 
 def encode_timeline(save: SaveState, committed: float) -> bytes:

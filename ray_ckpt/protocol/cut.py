@@ -180,7 +180,7 @@ class Cut:
             return align(earliest, seen, stride)
         if config.save_steps is None or config.overlap == "wait" or self._armed_step > seen:
             return None
-        last = max([0, self._armed_step, *(step for _, step in self._saves.outcomes)])
+        last = max([0, self._armed_step, *self._saves.decided_steps])
         if config.overlap == "coalesce" and crosses(last, seen, config.save_steps):
             self._armed_step = align(earliest, seen, stride)
         else:

@@ -213,6 +213,11 @@ class Saves:
         newest = max((c.step for c in self._ledger.head.live if c.generation == key[0]), default=-1)
         return key[1] <= newest
 
+    @property
+    def decided_steps(self) -> list[int]:
+        """Steps of the present generation whose saves have ended."""
+        return [step for generation, step in self.outcomes if generation == self._generation]
+
     def outcome(self, key: Key) -> SaveOutcome | None:
         """How a save ended, from memory or from the log."""
         if key in self.active:
