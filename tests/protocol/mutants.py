@@ -70,19 +70,6 @@ def reuse_a_claimed_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Saves, "_claim", claim)
 
 
-@mutant("files", "quiet", seed=162)
-def skip_the_reading_after_a_claim(monkeypatch: pytest.MonkeyPatch) -> None:
-    def claim(self: Saves, save: SaveState) -> Any:
-        bare = f"model.ckpt-{save.step}"
-        save.prefix = bare if save.step > self._ledger.head.high_water else f"{save.attempt}/{bare}"
-        existing = yield PutClaim(self._claim_of(save))
-        if existing is not None:
-            save.prefix = f"{save.attempt}/{bare}"
-            yield PutClaim(self._claim_of(save))
-
-    monkeypatch.setattr(Saves, "_claim", claim)
-
-
 @mutant("training", "quiet", "progress", seed=618)
 def vote_for_a_step_that_was_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     def vote(self: WorkerLogic, proposal: Any) -> None:

@@ -1,0 +1,71 @@
+"""How an attempt finds a prefix that is its own: the races that random runs meet too rarely to rely on."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import replace
+from typing import Any
+
+from ray_ckpt.protocol.flows import Flows, PutClaim, ReadHead
+from ray_ckpt.protocol.ledger import Ledger
+from ray_ckpt.protocol.roster import Roster
+from ray_ckpt.protocol.saves import Saves, SaveState
+from ray_ckpt.types import Claim, LogRecord
+
+HEAD = LogRecord(7, "claim", 2, "me", 0.0, (), (), None, 3)
+OTHER = Claim("e000001-000001", 1, 1, 5, "model.ckpt-5", 3)
+
+
+def claiming(step: int) -> tuple[Ledger, SaveState, Generator[Any, Any, None]]:
+    flows = Flows()
+    ledger = Ledger(flows, "me")
+    ledger._head, ledger.epoch, ledger.phase = HEAD, 2, "active"
+    save = SaveState((1, step), "e000002-000001", "plan", 1, 1, 2, 0.0, 9.0)
+    return ledger, save, Saves(flows, ledger, Roster())._claim(save)
+
+
+def ended(flow: Generator[Any, Any, None], answer: Any) -> bool:
+    try:
+        flow.send(answer)
+    except StopIteration:
+        return True
+    return False
+
+
+def test_a_free_prefix_above_the_mark_is_taken() -> None:
+    _, save, flow = claiming(5)
+    assert isinstance(next(flow), PutClaim)
+    assert isinstance(flow.send(None), ReadHead)
+    assert ended(flow, HEAD)
+    assert (save.prefix, save.failure) == ("model.ckpt-5", None)
+
+
+def test_a_step_below_the_mark_gets_a_prefix_of_its_own() -> None:
+    _, save, flow = claiming(3)
+    next(flow)
+    assert save.prefix == "e000002-000001/model.ckpt-3"
+
+
+def test_a_claimed_prefix_is_left_alone() -> None:
+    _, save, flow = claiming(5)
+    next(flow)
+    flow.send(OTHER)
+    assert flow.send(HEAD) == PutClaim(Claim(save.attempt, 2, 1, 5, "e000002-000001/model.ckpt-5", 3))
+
+
+def test_a_claim_that_was_swept_a_moment_ago_is_seen_by_the_mark() -> None:
+    """Its attempt may have written the same paths: that they are free again means nothing."""
+    _, save, flow = claiming(5)
+    next(flow)
+    flow.send(None)
+    assert isinstance(flow.send(replace(HEAD, high_water=5)), PutClaim)
+    assert save.prefix == "e000002-000001/model.ckpt-5"
+
+
+def test_a_newer_epoch_after_the_claim_ends_this_coordinator() -> None:
+    ledger, save, flow = claiming(5)
+    next(flow)
+    flow.send(None)
+    assert ended(flow, replace(HEAD, epoch=3))
+    assert save.failure is not None
+    assert ledger.phase == "fenced"
