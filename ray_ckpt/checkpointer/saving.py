@@ -61,7 +61,7 @@ class Saver:
 
     def _save(self, step: int, state: Any, trigger: Trigger, due: float) -> None:
         layout, values = layout_of(state, self._link.rank, self._config.world_size)
-        if layout.fingerprint != self._fingerprint:
+        if layout.fingerprint != self._fingerprint or self._link.logic.plan_ready is None:
             self._set_layout(layout, step)
         plan = self._plan(step)
         if plan is None:

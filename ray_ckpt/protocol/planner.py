@@ -44,7 +44,8 @@ class Planner:
         wanted = tuple(reports[rank].fingerprint or "" for rank in range(world_size))
         if wanted == self.fingerprints or any(f not in self.layouts for f in wanted):
             return
-        if self.plan is not None and not self._all_there(reports, sealed):
+        waited_for = self.plan is not None or any(r.waiting_step is not None for r in reports.values())
+        if waited_for and not self._all_there(reports, sealed):
             return
         self.fingerprints = wanted
         try:
@@ -69,14 +70,14 @@ class Planner:
 
     @staticmethod
     def _all_there(reports: dict[int, WorkerReport], sealed: Callable[[int, int], bool]) -> bool:
-        """Whether every rank has come to the step at which some wait for a new plan.
+        """Whether every rank has come to the step at which some wait for a plan, so that its layout is the one it saves.
 
         A rank that has just arrived there may be about to register a new layout as well.
         """
-        step = max((r.waiting_step for r in reports.values() if r.waiting_step is not None), default=None)
+        step = min((r.waiting_step for r in reports.values() if r.waiting_step is not None), default=None)
         if step is None:
             return False
-        return all(r.waiting_step == step or r.step > step or sealed(rank, step) for rank, r in reports.items())
+        return all(r.waiting_step is not None or r.step > step or sealed(rank, step) for rank, r in reports.items())
 
 
 def replica_mismatch(segments: dict[int, SegmentInfo]) -> str | None:

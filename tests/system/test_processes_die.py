@@ -98,8 +98,15 @@ def test_writers_that_always_die_fail_one_save(make_job: Callable[..., Job]) -> 
     assert job.steps() == [2]
 
 
-@pytest.mark.parametrize("stage", ["before", "writing"])
-@pytest.mark.parametrize("who", ["agent", "coordinator"])
+@pytest.mark.parametrize(
+    ("who", "stage"),
+    [
+        ("agent", "before"),
+        ("coordinator", "writing"),
+        pytest.param("agent", "writing", marks=pytest.mark.slow),
+        pytest.param("coordinator", "before", marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_actor_comes_back_and_the_save_ends(make_job: Callable[..., Job], who: str, stage: str) -> None:
     make = BIG if stage == "writing" else states.small
     job = started(make_job(save_steps=4), 2, make)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -39,6 +40,7 @@ def run(job: Job, world: int, last: int) -> Job:
     return job
 
 
+@pytest.mark.slow
 def test_killed_jobs_restart_on_other_numbers_of_workers(make_job: Callable[..., Job]) -> None:
     previous = None
     for world, last in ((2, 6), (3, 10), (1, 13)):
@@ -140,6 +142,7 @@ def test_nothing_to_restore(make_job: Callable[..., Job]) -> None:
         job.on(0, "restore", states.small, None, missing="error")
 
 
+@pytest.mark.slow
 def test_an_older_step_on_purpose_supersedes_the_newer(make_job: Callable[..., Job]) -> None:
     run(make_job(save_steps=2), 2, 6)
     job = make_job(save_steps=2).start(2)
@@ -165,6 +168,7 @@ def test_damage_makes_all_ranks_take_the_older_one(make_job: Callable[..., Job])
     assert job.on(0, "call", "all_steps") == [2, 4]
 
 
+@pytest.mark.slow
 def test_damage_everywhere_is_an_error(make_job: Callable[..., Job]) -> None:
     first = run(make_job(save_steps=2), 1, 4)
     for path in first.path.glob("model.ckpt-*.data-*"):
@@ -178,7 +182,7 @@ def test_damage_everywhere_is_an_error(make_job: Callable[..., Job]) -> None:
     ("mine", "theirs", "text"),
     [
         ({"save_steps": 2}, {"save_steps": 3}, r"save_steps=\d against \d"),
-        ({"world": 2}, {"world": 3}, r"world_size=\d against \d"),
+        pytest.param({"world": 2}, {"world": 3}, r"world_size=\d against \d", marks=pytest.mark.slow),
     ],
 )
 def test_ranks_that_disagree_are_told(
@@ -188,7 +192,7 @@ def test_ranks_that_disagree_are_told(
     for worker in job.workers:
         get(worker.leave.remote())
     settings = [dict(s) for s in (mine, theirs)]
-    timeouts = Timeouts(start_s=5.0)
+    timeouts = Timeouts(start_s=8.0)
     refs = []
     for rank, (worker, given) in enumerate(zip(job.workers, settings, strict=True)):
         world = given.pop("world", 2)
@@ -199,18 +203,18 @@ def test_ranks_that_disagree_are_told(
         with pytest.raises((FencedError, UnavailableError)) as caught:
             get(ref)
         texts.append(str(caught.value))
-    assert any("give all ranks the same settings" in t for t in texts), texts
+    assert any(re.search(text, t) and "give all ranks the same settings" in t for t in texts), texts
 
 
 def test_a_rank_that_never_comes_is_named(make_job: Callable[..., Job]) -> None:
-    job = make_job(timeouts=Timeouts(start_s=3.0)).start(2)
-    with pytest.raises(UnavailableError, match=r"rank 0 of .* waited 3 s for .*; late is: rank 1 on .* has not called"):
+    job = make_job(timeouts=Timeouts(start_s=8.0)).start(2)
+    with pytest.raises(UnavailableError, match=r"rank 0 of .* waited 8 s for .*; late is: rank 1 on .* has not called"):
         job.on(0, "restore")
 
 
 def test_a_rank_that_leaves_in_its_restore_is_named(make_job: Callable[..., Job]) -> None:
     run(make_job(save_steps=2), 2, 2)
-    job = make_job(timeouts=Timeouts(start_s=5.0)).start(2)
+    job = make_job(timeouts=Timeouts(start_s=8.0)).start(2)
     waiting = job.workers[0].restore.remote()
     with pytest.raises(MismatchError):
         job.on(1, "restore", with_extra)
