@@ -55,7 +55,7 @@ def parse_state_file(raw: bytes) -> StateFile:
     Raises:
         DamagedError: not the text of a CheckpointState, or one that names no newest checkpoint.
     """
-    if raw == _NONE_YET:
+    if raw.startswith(_NONE_YET):
         return StateFile(None, (), ())
     try:
         state = text_format.Parse(raw.decode(), CheckpointState())

@@ -10,7 +10,7 @@ from typing import Any
 from ray_ckpt import log
 from ray_ckpt.bundle import index_name, parse_shard_name, parse_state_file
 from ray_ckpt.coordinator.assemble import merged_index, metadata_shard
-from ray_ckpt.errors import DamagedError, RayCkptError
+from ray_ckpt.errors import DamagedError, ObjectMissingError, RayCkptError
 from ray_ckpt.protocol import flows
 from ray_ckpt.protocol.saves import SaveState
 from ray_ckpt.storage import Store
@@ -46,6 +46,13 @@ class Executor:
 
     def _put_claim(self, io: flows.PutClaim) -> Any:
         return log.put_claim(self._store, io.claim)
+
+    def _has_index(self, io: flows.HasIndex) -> bool:
+        try:
+            self._store.size(index_name(io.prefix))
+        except ObjectMissingError:
+            return False
+        return True
 
     def _put_metadata(self, io: flows.PutMetadata) -> ShardReport:
         plan, layouts = self._plan_of(io.save)
@@ -86,7 +93,7 @@ class Executor:
         folder = io.prefix.rpartition("/")[0]
         for info in self._store.list(folder):
             parsed = parse_shard_name(info.path)
-            if parsed is not None and parsed[0] == io.prefix:
+            if parsed is not None and (parsed[0], parsed[2]) == (io.prefix, io.num_shards):
                 self._store.delete(info.path)
         if io.attempt:
             self._store.delete(timeline_path(io.attempt))
@@ -108,6 +115,7 @@ _ACTIONS: dict[type[flows.Io], Callable[[Executor, Any], Any]] = {
     flows.ReadForeign: Executor._read_foreign,
     flows.Append: Executor._append,
     flows.PutClaim: Executor._put_claim,
+    flows.HasIndex: Executor._has_index,
     flows.PutMetadata: Executor._put_metadata,
     flows.PutIndex: Executor._put_index,
     flows.RepairState: Executor._repair_state,

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 
 from ray_ckpt.bundle.state_file import StateFile, encode_state_file, parse_state_file
-from ray_ckpt.errors import CheckpointError, DamagedError, UnavailableError, UsageError
+from ray_ckpt.errors import CheckpointError, UnavailableError, UsageError
 from ray_ckpt.log.records import read_head
 from ray_ckpt.storage import ObjectInfo, Store
 from ray_ckpt.storage.base import checked_path
@@ -33,9 +33,12 @@ def repair_state_file(store: Store) -> bool:
         if head is None or not (head.live or head.dying):
             return changed
         wanted = _derived(head)
-        if held is not None and _says(held[0]) == wanted:
+        # The record's number makes each version unlike all before: a coordinator that read an older log cannot take
+        # a file that was right again by chance for the one it has seen.
+        number = f"# from record {head.sequence} of _ray_ckpt/log\n".encode()
+        raw = encode_state_file(wanted.newest, wanted.all_paths, wanted.timestamps) + number
+        if held is not None and held[0] == raw:
             return changed
-        raw = encode_state_file(wanted.newest, wanted.all_paths, wanted.timestamps)
         if store.replace_if(STATE_FILE, raw, held and held[1]):
             changed = True
     raise UnavailableError(
@@ -67,14 +70,6 @@ def _derived(head: LogRecord) -> StateFile:
         tuple(checkpoint.prefix for checkpoint in current),
         tuple(checkpoint.time for checkpoint in current),
     )
-
-
-def _says(raw: bytes) -> StateFile | None:
-    """What the file says; None if it makes no sense, and is to be written anew."""
-    try:
-        return parse_state_file(raw)
-    except DamagedError:
-        return None
 
 
 def _foreign(store: Store, state: StateFile) -> list[Checkpoint]:

@@ -50,6 +50,7 @@ class CoordinatorLogic:
         self._generation_seen: int | None = None
         self.saves.worker_of = lambda rank: self.generations.members.get(rank)
         self.saves.decided_proposal = self.cut.decided
+        self.saves.described = self._described
         self.saves.check = self._check
         self.saves.on_end = self._on_end
 
@@ -141,6 +142,9 @@ class CoordinatorLogic:
         decision = self.generations.decision()
         chosen = decision.checkpoint if decision and not self.generations.started else None
         return frozenset({chosen.prefix} if chosen else ())
+
+    def _described(self, save: SaveState) -> bool:
+        return all(s.fingerprint in self.planner.layouts for s in save.segments.values())
 
     def _check(self, save: SaveState) -> str | None:
         return replica_mismatch(save.segments)

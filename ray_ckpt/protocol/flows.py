@@ -48,6 +48,13 @@ class PutClaim(Io):
 
 
 @dataclass(frozen=True, slots=True)
+class HasIndex(Io):
+    """Result: whether an index lies at this prefix, put by whomever."""
+
+    prefix: str
+
+
+@dataclass(frozen=True, slots=True)
 class PutMetadata(Io):
     """Put the coordinator's own shard; result: its `types.ShardReport`. ``save`` is the `SaveState`."""
 
@@ -91,10 +98,14 @@ class DeleteIndex(Io):
 
 @dataclass(frozen=True, slots=True)
 class DeleteData(Io):
-    """Remove all data shards of a prefix, and what was recorded about its save; result: ignored."""
+    """Remove the data shards of a prefix that are some of ``num_shards``, and the save's timeline; result: ignored.
+
+    Files of another number of shards are not ours: TensorFlow may have written them beside.
+    """
 
     prefix: str
     attempt: str
+    num_shards: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,7 +48,6 @@ class Generations:
         self._bad: set[str] = set()
         self._falling_back = False
         self._roll_calls = 0
-        self._restored: set[str] = set()
 
     @property
     def current(self) -> Generation | None:
@@ -63,10 +62,15 @@ class Generations:
     def update(self) -> None:
         """Take in the roster after an event."""
         for _, report in list(self._roster.workers()):
+            if report.finished and report.worker not in self.members.values() and not report.started:
+                # It has left before it began; its host only repeats its last word.
+                continue
             if report.worker not in self.refused and not self._roster.dead(report.worker):
                 self._sort_in(report)
         if self.forming is not None:
             self._check_forming(self.forming)
+        if self.forming is None or not self.forming.sealing:
+            self._saves.unsettle()
         self._check_start()
 
     def _sort_in(self, report: WorkerReport) -> None:
@@ -119,8 +123,12 @@ class Generations:
                 return
             self._refuse(forming.members[report.rank], f"a newer process joined as rank {report.rank}")
         forming.members[report.rank] = report.worker
+        self._call_roll(forming)
+
+    def _call_roll(self, forming: Forming) -> None:
+        """Ask all members for a sign of life; the epoch in the number keeps answers to earlier coordinators apart."""
         self._roll_calls += 1
-        forming.roll_call = self._roll_calls
+        forming.roll_call = (self._ledger.epoch << 32) + self._roll_calls
 
     def _check_forming(self, forming: Forming) -> None:
         self._draft(forming)
@@ -145,8 +153,7 @@ class Generations:
             if not report.started and rank not in forming.members and report.config == forming.config:
                 del self.members[rank]
                 forming.members[rank] = report.worker
-                self._roll_calls += 1
-                forming.roll_call = self._roll_calls
+                self._call_roll(forming)
 
     def _is_complete(self, forming: Forming) -> bool:
         if len(forming.members) < forming.config.world_size:
@@ -181,6 +188,11 @@ class Generations:
     # -- sealing ----------------------------------------------------------------------------------------
 
     def _seal(self, forming: Forming) -> Flow:
+        problem = self._problem(self._wish_of(forming), forming.config)
+        if problem and self._saves.settled:
+            # Before anything is given up for a start that cannot succeed.
+            self._fail(forming, problem)
+            return
         self._saves.settle(self.config)
         yield Until(lambda: self.forming is not forming or self._saves.settled)
         if self.forming is not forming or not self._is_complete(forming):
@@ -200,6 +212,7 @@ class Generations:
 
     def _fail(self, forming: Forming, problem: Problem) -> None:
         forming.failed = problem
+        forming.sealing = False
         for worker in forming.members.values():
             self.errors[worker] = problem
 
@@ -281,6 +294,19 @@ class Generations:
             self._fall_back(current, damage, reports)
         elif len(results) == current.world_size:
             self.started = True
+        else:
+            self._check_left(results)
+
+    def _check_left(self, results: dict[int, RestoreResult]) -> None:
+        """A rank that is gone before it has restored will not come back into this generation."""
+        for rank in self.members.keys() - results.keys():
+            worker = self.members[rank]
+            report = self._roster.worker(worker)
+            if self._roster.dead(worker) or (report is not None and report.finished):
+                text = f"the job cannot start: {self.not_restored()}; start all workers again"
+                for other in self.members.values():
+                    self.errors.setdefault(other, Problem("UnavailableError", text))
+                return
 
     @staticmethod
     def _results(current: Generation, reports: dict[int, WorkerReport]) -> dict[int, RestoreResult]:

@@ -100,7 +100,7 @@ class Keeper:
         yield from self._ledger.retry(DeleteIndex(prefix))
         yield Until(lambda: self._ledger.now >= dying.time + self._grace_s)
         yield from self._until_unused(prefix)
-        yield from self._ledger.retry(DeleteData(prefix, dying.checkpoint.attempt))
+        yield from self._ledger.retry(DeleteData(prefix, dying.checkpoint.attempt, dying.checkpoint.num_shards))
         yield from self._ledger.retry(DeleteClaim(prefix))
         self._ledger.submit(lambda head: self._buried_record(head, dying), lambda _: self._buried(prefix))
 
@@ -136,7 +136,8 @@ class Keeper:
         """Whether nothing will commit under this claim: a dead epoch's, or of a save that failed ``before``."""
         head = self._ledger.head
         listed = {c.prefix for c in head.live} | {d.checkpoint.prefix for d in head.dying}
-        failed = self._aborted.get(claim.attempt, self._ledger.now) <= before
+        aborted = self._aborted.get(claim.attempt)
+        failed = aborted is not None and aborted <= before
         return claim.prefix not in listed and (claim.epoch < self._ledger.epoch or failed)
 
     def _sweep_one(self, claim: Claim) -> Generator[Io | Until, Any, None]:
@@ -145,7 +146,7 @@ class Keeper:
             self._ledger.submit(lambda head: self._raise_record(head, claim), lambda _: None)
             yield Until(lambda: self._ledger.head.high_water >= claim.step)
         yield from self._ledger.retry(DeleteIndex(claim.prefix))
-        yield from self._ledger.retry(DeleteData(claim.prefix, claim.attempt))
+        yield from self._ledger.retry(DeleteData(claim.prefix, claim.attempt, claim.num_shards))
         # Once more: a coordinator that is gone may have put it meanwhile, and an index looks like a checkpoint.
         yield from self._ledger.retry(DeleteIndex(claim.prefix))
         yield from self._ledger.retry(DeleteClaim(claim.prefix))

@@ -133,7 +133,7 @@ class SaveOutcome:
 class Problem:
     """Why the job cannot go on as it is; ``kind`` is the class of `ray_ckpt.errors` that each worker raises."""
 
-    kind: Literal["UsageError", "StateError", "NoCheckpointError", "DamagedError"]
+    kind: Literal["UsageError", "StateError", "NoCheckpointError", "DamagedError", "UnavailableError"]
     text: str
 
 

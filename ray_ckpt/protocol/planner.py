@@ -70,7 +70,7 @@ class Planner:
 
     @staticmethod
     def _all_there(reports: dict[int, WorkerReport], sealed: Callable[[int, int], bool]) -> bool:
-        """Whether every rank has come to the step at which some wait for a plan, so that its layout is the one it saves.
+        """Whether every rank has come to the step at which some wait for a plan: its layout is the one it saves.
 
         A rank that has just arrived there may be about to register a new layout as well.
         """

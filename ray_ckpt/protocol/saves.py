@@ -18,6 +18,7 @@ from ray_ckpt.protocol.flows import (
     Committed,
     Flow,
     Flows,
+    HasIndex,
     Io,
     IoFailedError,
     PutClaim,
@@ -115,9 +116,9 @@ class SaveState:
 class Saves:
     """All saves of the present generation.
 
-    ``worker_of`` names a rank's worker (None: not heard of); ``decided_proposal`` says whether the step was agreed on
-    by all; ``check`` returns an error text for a fully sealed save that must not commit; ``on_end`` hears of
-    each end.
+    ``worker_of`` names a rank's worker (None: not heard of); ``decided_proposal`` says whether the step was agreed
+    on by all; ``described`` whether the layouts of all its snapshots have arrived; ``check`` returns an error text
+    for a fully sealed save that must not commit; ``on_end`` hears of each end.
     """
 
     def __init__(self, flows: Flows, ledger: Ledger, roster: Roster) -> None:
@@ -131,6 +132,7 @@ class Saves:
         self.outcomes: dict[Key, SaveOutcome] = {}
         self.worker_of: Callable[[int], str | None] = lambda _: None
         self.decided_proposal: Callable[[int], bool] = lambda _: False
+        self.described: Callable[[SaveState], bool] = lambda _: True
         self.check: Callable[[SaveState], str | None] = lambda _: None
         self.on_end: Callable[[SaveState], None] = lambda _: None
 
@@ -148,6 +150,10 @@ class Saves:
         self._config = self._config or config
         if self._settling_since is None:
             self._settling_since = self._ledger.now
+
+    def unsettle(self) -> None:
+        """No new generation waits any more: it was sealed, or it failed and the present one goes on."""
+        self._settling_since = None
 
     @property
     def settled(self) -> bool:
@@ -260,10 +266,29 @@ class Saves:
                     proposed = all(s.trigger == "proposal" for s in save.segments.values())
                     save.fail(hopeless, quiet=proposed and not agreed)
                     return
+        lost = self._lost_host(save, config)
+        if lost is not None:
+            save.fail(f"{lost} was not heard of for {2 * config.host_timeout_s:.0f} s: {self.late(save)}")
         if self._settling_since is not None and self._ledger.now > self._settling_since + config.settle_timeout_s:
             save.fail(f"not finished in time for the next start of the job: {self.late(save)}")
         if self._ledger.now > save.deadline and save.stage != "committing":
             save.fail(f"not finished within {config.save_timeout_s:.0f} s: {self.late(save)}")
+
+    def _lost_host(self, save: SaveState, config: JobConfig) -> str | None:
+        """A host that still owes a snapshot or a shard and is silent for longer than any restart of its agent."""
+        silent = self._ledger.now - 2 * config.host_timeout_s
+        for rank in range(save.world_size):
+            segment = save.segments.get(rank)
+            if segment is None:
+                worker = self.worker_of(rank)
+                if worker and self._roster.worker(worker) and self._roster.silent(worker, silent):
+                    return self._roster.host_name(worker)
+                continue
+            writers = range(segment.writer_base, segment.writer_base + segment.writers)
+            host = self._roster.hosts.get(save.holders[rank])
+            if host is not None and host.seen < silent and any(w not in save.shards for w in writers):
+                return host.report.name or host.report.host
+        return None
 
     def _hopeless(self, save: SaveState, rank: int, config: JobConfig) -> str | None:
         """Why a rank without a snapshot will never have one; None while it may."""
@@ -307,7 +332,7 @@ class Saves:
             yield from self._claim(save)
             if save.failure is None:
                 save.to("writing")
-                yield Until(lambda: save.failure is not None or save.whole)
+                yield Until(lambda: save.failure is not None or (save.whole and self.described(save)))
             if save.failure is None:
                 problem = self.check(save)
                 if problem:
@@ -339,7 +364,10 @@ class Saves:
                 save.fail("another coordinator has taken the directory over")
                 return
             # The claim file of an older attempt may have been swept a moment ago: then the mark is high enough.
-            if existing is None and (prefix == own or save.step > top.high_water):
+            if existing is not None or (prefix == bare and save.step <= top.high_water):
+                continue
+            # The log does not know what plain TensorFlow has put here.
+            if prefix == own or not (yield HasIndex(prefix)):
                 return
 
     def _claim_of(self, save: SaveState) -> Claim:
@@ -352,7 +380,7 @@ class Saves:
         yield Until(lambda: save.failure is not None or self._is_next(save))
 
     def _is_next(self, save: SaveState) -> bool:
-        return all(s.step >= save.step for s in self.active.values())
+        return all(s.step >= save.step for s in self.active.values() if s.failure is None)
 
     def _commit_record(self, save: SaveState) -> LogRecord | None:
         head = self._ledger.head

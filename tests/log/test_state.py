@@ -71,13 +71,18 @@ def test_junk_is_replaced(store: Store, junk: bytes) -> None:
     assert newest(store) == "model.ckpt-1"
 
 
-def test_a_comment_makes_no_difference(store: Store) -> None:
+def test_a_file_that_is_right_again_is_not_taken_for_the_one_seen_before(store: Store) -> None:
+    """A coordinator that read file and log long ago must not write what it made of them now."""
     fill(store, 1, 1)
     repair_state_file(store)
-    commented = b"# by hand\n" + store.read(STATE_FILE)
-    store.put(STATE_FILE, commented)
-    assert not repair_state_file(store)
-    assert store.read(STATE_FILE) == commented
+    seen = store.read_versioned(STATE_FILE)
+    assert seen is not None
+    append(store, record(2, checkpoint(1), checkpoint(2)))
+    repair_state_file(store)
+    append(store, record(3, checkpoint(1)))
+    repair_state_file(store)
+    assert newest(store) == "model.ckpt-1"
+    assert not store.replace_if(STATE_FILE, b'model_checkpoint_path: "model.ckpt-2"', seen[1])
 
 
 def test_a_commit_during_the_repair_is_not_lost(store: Store) -> None:

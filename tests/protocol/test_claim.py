@@ -6,7 +6,7 @@ from collections.abc import Generator
 from dataclasses import replace
 from typing import Any
 
-from ray_ckpt.protocol.flows import Flows, PutClaim, ReadHead
+from ray_ckpt.protocol.flows import Flows, HasIndex, PutClaim, ReadHead
 from ray_ckpt.protocol.ledger import Ledger
 from ray_ckpt.protocol.roster import Roster
 from ray_ckpt.protocol.saves import Saves, SaveState
@@ -36,7 +36,8 @@ def test_a_free_prefix_above_the_mark_is_taken() -> None:
     _, save, flow = claiming(5)
     assert isinstance(next(flow), PutClaim)
     assert isinstance(flow.send(None), ReadHead)
-    assert ended(flow, HEAD)
+    assert flow.send(HEAD) == HasIndex("model.ckpt-5")
+    assert ended(flow, False)
     assert (save.prefix, save.failure) == ("model.ckpt-5", None)
 
 
@@ -51,6 +52,15 @@ def test_a_claimed_prefix_is_left_alone() -> None:
     next(flow)
     flow.send(OTHER)
     assert flow.send(HEAD) == PutClaim(Claim(save.attempt, 2, 1, 5, "e000002-000001/model.ckpt-5", 3))
+
+
+def test_what_tensorflow_has_put_there_is_left_alone() -> None:
+    _, save, flow = claiming(5)
+    next(flow)
+    flow.send(None)
+    flow.send(HEAD)
+    assert isinstance(flow.send(True), PutClaim)
+    assert save.prefix == "e000002-000001/model.ckpt-5"
 
 
 def test_a_claim_that_was_swept_a_moment_ago_is_seen_by_the_mark() -> None:
