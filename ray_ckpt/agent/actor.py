@@ -13,13 +13,13 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from ray_ckpt.agent.liveness import ProcessId
 from ray_ckpt.agent.memory import HostMemory
 from ray_ckpt.agent.pool import WriterPool
 from ray_ckpt.coordinator import find_or_start, run_id
 from ray_ckpt.errors import SaveError, StorageError
 from ray_ckpt.protocol.host import Free, HostLogic, StartWrite
 from ray_ckpt.protocol.messages import HostView, WorkerReport, WorkerView
+from ray_ckpt.snapshot import ProcessId
 from ray_ckpt.storage import open_store
 from ray_ckpt.types import ShardReport
 

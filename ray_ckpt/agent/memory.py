@@ -92,8 +92,11 @@ class HostMemory:
         return enough
 
     def sealed(self) -> list[SegmentInfo]:
-        """All sealed snapshots, as the protocol sees them."""
+        """All sealed snapshots, as the protocol sees them; what a dead process was filling is emptied."""
         with self._lock:
+            for segment in self._segments.values():
+                if segment.empty_if_abandoned():
+                    logger.warning("%s: the process that was filling it has died; the segment is empty", segment.path)
             return [info for name, s in self._segments.items() if (info := self._info(name, s)) is not None]
 
     def _info(self, name: str, segment: Segment) -> SegmentInfo | None:

@@ -6,14 +6,16 @@ Layout, native byte order (the file never leaves its host):
     8       state, fill count, sizes: 64-bit words, see `_Word`
     56      id of the boot of the machine that filled it, 16 bytes
     72      digest of the table, 16 bytes
-    88      JSON of the save id
+    88      the process that fills or filled it: its number, the time it started at; 64-bit words
+    104     JSON of the save id
     4096    try counters of 1024 writers: (order of the attempt, tries so far), 64-bit words
     20480   data, exactly the bytes of the data shards, one after another
     then, from the next page on: the table of entries (JSON)
 
 The state is one aligned word and is stored last, so a crash at any point leaves no segment that looks sealed
 and is not. A segment sealed before the machine was booted counts as empty: its pages need not all have
-reached the disk it lies on.
+reached the disk it lies on. One process fills at a time: the state leaves EMPTY and FILLING under a record lock
+only, and a segment whose filler has died can be emptied by whoever notices.
 """
 
 from __future__ import annotations
@@ -36,16 +38,18 @@ from typing import NoReturn
 import numpy as np
 
 from ray_ckpt.errors import DamagedError, SaveError, StorageError, UsageError
+from ray_ckpt.snapshot.process import ProcessId
 from ray_ckpt.snapshot.table import SaveId, Table, decode_save, decode_table, encode_save
 
 MAX_WRITERS = 1024
-_MAGIC = b"RAYCKPT1"
+_MAGIC = b"RAYCKPT2"
 _PAGE = 4096
 _TRIES_AT = 4096
 HEADER_NBYTES = _TRIES_AT + 16 * MAX_WRITERS
 _BOOT = slice(56, 72)
 _DIGEST = slice(72, 88)
-_SAVE_AT = 88
+_SAVE_AT = 104
+_STATE_AT = 8
 _MADV_POPULATE_WRITE = 23
 _POPULATE_NBYTES = 8 << 20
 """Small, as madvise holds the interpreter lock while it runs."""
@@ -68,6 +72,8 @@ class _Word(IntEnum):
     TABLE_NBYTES = 4
     SAVE_NBYTES = 5
     SEALED_AT_US = 6
+    OWNER_PID = 11
+    OWNER_STARTED = 12
 
 
 class Segment:
@@ -80,7 +86,7 @@ class Segment:
     def __init__(self, path: Path, fd: int, *, writable: bool) -> None:
         self.path = path
         self._fd = fd
-        self._thread_lock = threading.Lock()
+        self._filling: int | None = None
         nbytes = os.pread(fd, 8, 8 * _Word.DATA_NBYTES)
         self.data_nbytes = int.from_bytes(nbytes, "little" if np.little_endian else "big")
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
@@ -208,40 +214,91 @@ class Segment:
         """While this runs the segment is being filled; unless it was sealed by the end, it is empty then.
 
         Raises:
-            SaveError: it holds a sealed snapshot, which must be released first.
+            SaveError: it holds a sealed snapshot, which must be released first, or a living process is filling it.
         """
-        if self.state is SegmentState.SEALED:
-            raise SaveError(f"{self.path}: still holds the snapshot {self.save}; release it first")
         text = encode_save(save)
         if len(text) > _TRIES_AT - _SAVE_AT:
             raise UsageError(f"{self.path}: the save id has {len(text)} bytes; use a shorter run name")
-        self._words[_Word.STATE] = SegmentState.FILLING
-        self._words[_Word.FILLS] += 1
-        self._map[_BOOT] = _boot_id()
+        self._claim()
         self._tries[:] = memoryview(bytes(16 * MAX_WRITERS)).cast("Q")
         self._words[_Word.SAVE_NBYTES] = len(text)
         self._map[_SAVE_AT : _SAVE_AT + len(text)] = text
         try:
             yield self
         finally:
-            if self.state is SegmentState.FILLING:
+            with _range_lock(self._fd, _STATE_AT):
+                if self._is_mine:
+                    self._words[_Word.STATE] = SegmentState.EMPTY
+            self._filling = None
+
+    def _claim(self) -> None:
+        """EMPTY -> FILLING by this process. The owner comes first: without one nobody could tell if it died."""
+        me = ProcessId.of(os.getpid())
+        with _range_lock(self._fd, _STATE_AT):
+            if self.state is SegmentState.SEALED:
+                raise SaveError(f"{self.path}: still holds the snapshot {self.save}; release it first")
+            if self.state is SegmentState.FILLING and self._filler_lives:
+                raise SaveError(
+                    f"{self.path}: process {self._words[_Word.OWNER_PID]} is filling it, process {me.pid} wanted to; "
+                    "is this rank running twice on this host?"
+                )
+            self._words[_Word.OWNER_PID], self._words[_Word.OWNER_STARTED] = me.pid, me.started
+            self._map[_BOOT] = _boot_id()
+            self._filling = self._words[_Word.FILLS] + 1
+            self._words[_Word.FILLS] = self._filling
+            self._words[_Word.STATE] = SegmentState.FILLING
+
+    @property
+    def _filler_lives(self) -> bool:
+        owner = ProcessId(self._words[_Word.OWNER_PID], self._words[_Word.OWNER_STARTED])
+        return self._map[_BOOT] == _boot_id() and owner.alive
+
+    @property
+    def _is_mine(self) -> bool:
+        """Whether the fill that this object has begun still goes on."""
+        return (
+            self._filling is not None
+            and self.state is SegmentState.FILLING
+            and self._words[_Word.FILLS] == self._filling
+            and self._words[_Word.OWNER_PID] == os.getpid()
+        )
+
+    def empty_if_abandoned(self) -> bool:
+        """Empty the segment if the process that was filling it has died; whether that was so."""
+        if self.state is not SegmentState.FILLING:
+            return False
+        with _range_lock(self._fd, _STATE_AT):
+            abandoned = self.state is SegmentState.FILLING and not self._filler_lives
+            if abandoned:
                 self._words[_Word.STATE] = SegmentState.EMPTY
+        return abandoned
 
     def seal(self, table: bytes) -> None:
         """Write the table and declare the data whole.
 
         Raises:
+            SaveError: the segment is not being filled by this object any more.
             StorageError: no space for the table.
         """
+        self._check_mine()
         try:
             os.posix_fallocate(self._fd, self._table_at, max(1, len(table)))
             os.pwrite(self._fd, table, self._table_at)
         except OSError as err:
             _raise_full(self.path, len(table), err)
-        self._words[_Word.TABLE_NBYTES] = len(table)
-        self._map[_DIGEST] = _digest(table)
-        self._words[_Word.SEALED_AT_US] = time.time_ns() // 1000
-        self._words[_Word.STATE] = SegmentState.SEALED
+        with _range_lock(self._fd, _STATE_AT):
+            self._check_mine()
+            self._words[_Word.TABLE_NBYTES] = len(table)
+            self._map[_DIGEST] = _digest(table)
+            self._words[_Word.SEALED_AT_US] = time.time_ns() // 1000
+            self._words[_Word.STATE] = SegmentState.SEALED
+
+    def _check_mine(self) -> None:
+        if not self._is_mine:
+            raise SaveError(
+                f"{self.path}: the segment is {self.state.name.lower()} by process {self._words[_Word.OWNER_PID]}, "
+                f"expected it being filled by this process, {os.getpid()}; is this rank running twice on this host?"
+            )
 
     def table(self) -> Table:
         """The sealed contents.
@@ -273,7 +330,7 @@ class Segment:
         if not 0 <= writer < MAX_WRITERS:
             raise UsageError(f"writer {writer}: a segment counts tries of {MAX_WRITERS} writers")
         at = 2 * writer
-        with self._thread_lock, _range_lock(self._fd, _TRIES_AT + 8 * at):
+        with _range_lock(self._fd, _TRIES_AT + 8 * at):
             if self._tries[at] > order:
                 raise SaveError(f"{self.path}: a later attempt than {order} writes this snapshot")
             if self._tries[at] < order:
@@ -291,12 +348,19 @@ class Segment:
 
 @contextlib.contextmanager
 def _range_lock(fd: int, start: int) -> Iterator[None]:
-    """A record lock between processes; apart from flock's, so that users' shared locks do not block it."""
-    fcntl.lockf(fd, fcntl.LOCK_EX, 16, start)
-    try:
-        yield
-    finally:
-        fcntl.lockf(fd, fcntl.LOCK_UN, 16, start)
+    """A record lock between processes; apart from flock's, so that users' shared locks do not block it.
+
+    A record lock does not hold between the threads of a process: another lock does.
+    """
+    with _threads:
+        fcntl.lockf(fd, fcntl.LOCK_EX, 16, start)
+        try:
+            yield
+        finally:
+            fcntl.lockf(fd, fcntl.LOCK_UN, 16, start)
+
+
+_threads = threading.Lock()
 
 
 def _check_free(path: Path, nbytes: int) -> None:

@@ -1,4 +1,4 @@
-"""Whether a training process on this host still runs."""
+"""Whether a process on this host still runs."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class ProcessId:
-    """A process that cannot be mistaken for a later one with the same number."""
+    """A process that cannot be mistaken for a later one with the same number.
+
+    ``started`` is in clock ticks since boot; 0 if the process is not there.
+    """
 
     pid: int
-    started: str
+    started: int
 
     @classmethod
     def of(cls, pid: int) -> ProcessId:
@@ -25,12 +28,12 @@ class ProcessId:
         return state not in ("", "Z", "X") and started == self.started
 
 
-def _stat(pid: int) -> tuple[str, str]:
+def _stat(pid: int) -> tuple[str, int]:
     """(state, start time) from ``/proc/<pid>/stat`` (proc(5), fields 3 and 22); empty if there is no such process."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
-        return "", ""
+        return "", 0
     # The command in field 2 may hold spaces and parentheses.
     fields = text.rpartition(")")[2].split()
-    return fields[0], fields[19]
+    return fields[0], int(fields[19])
