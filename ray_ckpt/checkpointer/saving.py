@@ -61,7 +61,9 @@ class Saver:
 
     def _save(self, step: int, state: Any, trigger: Trigger, due: float) -> None:
         layout, values = layout_of(state, self._link.rank, self._config.world_size)
-        if layout.fingerprint != self._fingerprint or self._link.logic.plan_ready is None:
+        if layout.fingerprint != self._fingerprint:
+            # First the plan for what all ranks had registered: one for a mixture of old and new would fit nobody.
+            self._plan(step)
             self._set_layout(layout, step)
         plan = self._plan(step)
         if plan is None:

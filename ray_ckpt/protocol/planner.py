@@ -44,8 +44,7 @@ class Planner:
         wanted = tuple(reports[rank].fingerprint or "" for rank in range(world_size))
         if wanted == self.fingerprints or any(f not in self.layouts for f in wanted):
             return
-        waited_for = self.plan is not None or any(r.waiting_step is not None for r in reports.values())
-        if waited_for and not self._all_there(reports, sealed):
+        if self.plan is not None and not self._all_there(reports, sealed):
             return
         self.fingerprints = wanted
         try:

@@ -200,7 +200,7 @@ class Trainer(Process):
     def _snapshot(self, step: int, trigger: Trigger) -> Thread:
         changed = self.scenario.change_at is not None and step >= self.scenario.change_at
         mine = layout(self.rank, changed, self.scenario.two_writers)
-        if mine != self._layout or self.logic.plan_ready is None:
+        if mine != self._layout:
             self._layout = mine
             self.logic.set_layout(mine, step)
             self.report()
