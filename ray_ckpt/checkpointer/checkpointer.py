@@ -23,6 +23,7 @@ from ray_ckpt.checkpointer.settings import (
     checked,
     ensure_ray,
     who_am_i,
+    whole_step,
 )
 from ray_ckpt.coordinator import find, run_id
 from ray_ckpt.errors import RayCkptError, SaveError, UsageError
@@ -207,6 +208,8 @@ class Checkpointer:
             FencedError: a newer start of the job has taken over.
         """
         link = self._link
+        if type(step) is not int:
+            step = whole_step(step)
         if not self._ready or link.trouble is not None:
             self._prepare(state)
         with link.condition:
@@ -221,6 +224,7 @@ class Checkpointer:
 
         The step that was restored is not saved again, unless ``force``.
         """
+        step = whole_step(step)
         if not self._ready or self._link.trouble is not None:
             self._prepare(state)
         self._last = (step, state)

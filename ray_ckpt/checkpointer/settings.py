@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 from dataclasses import dataclass, fields
 
@@ -79,6 +80,17 @@ def check_local(on_error: str, timeouts: Timeouts, writers_per_host: int) -> Non
         raise UsageError(f"timeouts must be a ray_ckpt.Timeouts, found {timeouts!r}")
     check_positive("timeouts.start_s", timeouts.start_s, whole=False)
     check_positive("writers_per_host", writers_per_host, whole=True)
+
+
+def whole_step(step: object) -> int:
+    """The step as an int; numpy's whole numbers count as such. Raises `UsageError`."""
+    try:
+        found = operator.index(step)  # type: ignore[arg-type]
+    except TypeError:
+        raise UsageError(f"step must be a whole number of completed steps, found {step!r}") from None
+    if isinstance(step, bool) or not 0 <= found < 2**63:
+        raise UsageError(f"step must be a whole number of completed steps, from 0 to 2**63 - 1, found {step!r}")
+    return found
 
 
 def check_place(url: str) -> None:

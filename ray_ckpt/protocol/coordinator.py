@@ -119,7 +119,8 @@ class CoordinatorLogic:
             self.planner.update(generation.world_size, reports, self._is_sealed)
             if self.planner.error:
                 self.cut.want_stop("the state cannot be saved", self.planner.error.text)
-            self.cut.update(config, generation.number, generation.world_size, reports)
+            gone = frozenset(rank for rank in reports if self.generations.is_gone(rank))
+            self.cut.update(config, generation.number, generation.world_size, reports, gone)
         self.keeper.update(config, self._protected())
         self.flows.poll()
         self._version += 1

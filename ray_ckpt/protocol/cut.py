@@ -53,15 +53,22 @@ class Cut:
 
     # -- events -----------------------------------------------------------------------------------------
 
-    def update(self, config: JobConfig, generation: int, world_size: int, reports: Reports) -> None:
-        """Take in the members' newest reports after an event."""
+    def update(
+        self, config: JobConfig, generation: int, world_size: int, reports: Reports, gone: frozenset[int]
+    ) -> None:
+        """Take in the members' newest reports after an event; ``gone`` are ranks that have died or left.
+
+        A save needs every rank; a stop concerns those that still step.
+        """
         self._take_requests(reports)
         self._adopt(reports)
         for proposal in [p for p in self.proposals.values() if p.state == "open"]:
-            self._tally(proposal, world_size, reports)
+            self._tally(proposal, world_size - (len(gone) if proposal.kind == "stop" else 0), reports, gone)
         self._answer_requests(generation, reports, self._is_over(config, world_size, reports))
-        if len(reports) == world_size and all(r.started and not r.finished for r in reports.values()):
-            self._propose(config, reports)
+        stepping = {rank: r for rank, r in reports.items() if rank not in gone}
+        complete = len(reports) == world_size and all(r.started for r in reports.values())
+        if complete and stepping and (not gone or self.stop is not None):
+            self._propose(config, stepping)
 
     def _take_requests(self, reports: Reports) -> None:
         for report in reports.values():
@@ -83,16 +90,17 @@ class Cut:
                 elif held.state == "decided" and self.proposals[held.id].state == "open":
                     self._decide(self.proposals[held.id])
 
-    def _tally(self, proposal: Proposal, world_size: int, reports: Reports) -> None:
-        accepted = sum(any(p.id == proposal.id for p in r.accepted) for r in reports.values())
-        late = [r for r in reports.values() if proposal.id in r.refused]
+    def _tally(self, proposal: Proposal, needed: int, reports: Reports, gone: frozenset[int]) -> None:
+        asked = [r for rank, r in reports.items() if proposal.kind == "save" or rank not in gone]
+        accepted = sum(any(p.id == proposal.id for p in r.accepted) for r in asked)
+        late = [r for r in asked if proposal.id in r.refused]
         if late:
             behind = max(r.step for r in late) - proposal.step
             stride = max(r.stride for r in late)
-            needed = max(behind, 0) // max(stride, 1) + 1
-            self._margin = min(2 * max(self._margin, needed), _MARGIN_MAX)
+            missed = max(behind, 0) // max(stride, 1) + 1
+            self._margin = min(2 * max(self._margin, missed), _MARGIN_MAX)
             self._drop(proposal)
-        elif accepted == world_size:
+        elif asked and accepted >= needed:
             self._decide(proposal)
         elif self._ledger.now > self._opened[proposal.id] + _OPEN_MAX_S:
             self._drop(proposal)

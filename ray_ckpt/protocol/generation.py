@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from ray_ckpt.protocol.flows import Flow, Flows, Until
+from ray_ckpt.protocol.flows import Flow, Flows, ReadHead, Until
 from ray_ckpt.protocol.ledger import Ledger
 from ray_ckpt.protocol.messages import JobConfig, Problem, RestoreDecision, RestoreResult, RestoreWish, WorkerReport
 from ray_ckpt.protocol.roster import Roster
@@ -20,11 +20,16 @@ from ray_ckpt.types import Checkpoint, Generation, LogRecord
 
 @dataclass(slots=True)
 class Forming:
-    """Workers that have joined the next generation so far, by rank."""
+    """Workers that have joined the next generation so far, by rank.
+
+    ``dispute``: at ``opened`` it took the place of one with other settings, which this text names.
+    """
 
     config: JobConfig
     members: dict[int, str] = field(default_factory=dict)
     roll_call: int = 0
+    dispute: str = ""
+    opened: float = 0.0
     sealing: bool = False
     failed: Problem | None = None
 
@@ -58,6 +63,15 @@ class Generations:
         """Rank -> newest report of the present generation's members that have been heard of."""
         found = {rank: self._roster.worker(worker) for rank, worker in self.members.items()}
         return {rank: report for rank, report in found.items() if report is not None}
+
+    def is_gone(self, rank: int) -> bool:
+        """Whether a member's process has died or has said that no step follows."""
+        worker = self.members[rank]
+        report = self._roster.worker(worker)
+        if self._roster.dead(worker) or (report is not None and report.finished):
+            return True
+        patience = 2 * self.config.host_timeout_s if self.config else float("inf")
+        return report is not None and self._roster.silent(worker, self._ledger.now - patience)
 
     def update(self) -> None:
         """Take in the roster after an event."""
@@ -114,9 +128,10 @@ class Generations:
             if not newcomer:
                 self._refuse(report.worker, _disagreement(report.rank, report.config, forming.config))
                 return
+            dispute = _disagreement(min(forming.members), forming.config, report.config)
             for rank, worker in forming.members.items():
                 self._refuse(worker, _disagreement(rank, forming.config, report.config))
-            forming = self.forming = Forming(report.config)
+            forming = self.forming = Forming(report.config, dispute=dispute, opened=self._ledger.now)
         if report.rank in forming.members:
             if not newcomer:
                 self._refuse(report.worker, f"a newer process joined as rank {report.rank}")
@@ -141,6 +156,9 @@ class Generations:
             self.forming = None
         elif forming.failed is not None:
             self._fail(forming, forming.failed)
+        elif forming.dispute and not forming.sealing and forming.opened < silent:
+            # Not the last start's workers on their way out, then: these ranks' own partners were refused.
+            self._fail(forming, Problem("UsageError", forming.dispute))
         elif not forming.sealing and self._is_complete(forming):
             forming.sealing = True
             self._flows.start(self._seal(forming))
@@ -175,7 +193,8 @@ class Generations:
         missing = sorted(set(range(forming.config.world_size)) - forming.members.keys())
         if missing:
             shown = ", ".join(map(str, missing[:8])) + (" ..." if len(missing) > 8 else "")
-            return f"rank {shown} of {forming.config.world_size} has not joined"
+            text = f"rank {shown} of {forming.config.world_size} has not joined"
+            return f"{text} ({forming.dispute})" if forming.dispute else text
         silent = [
             f"rank {rank} on {self._roster.host_name(worker)}"
             for rank, worker in sorted(forming.members.items())
@@ -195,6 +214,11 @@ class Generations:
             return
         self._saves.settle(self.config)
         yield Until(lambda: self.forming is not forming or self._saves.settled)
+        top = yield from self._ledger.retry(ReadHead())
+        if top is None or top.epoch != self._ledger.epoch:
+            # The directory was emptied under us, or is another's: a coordinator that knows it as it is must choose.
+            self._ledger.fence()
+            return
         if self.forming is not forming or not self._is_complete(forming):
             forming.sealing = False
             return
@@ -300,9 +324,7 @@ class Generations:
     def _check_left(self, results: dict[int, RestoreResult]) -> None:
         """A rank that is gone before it has restored will not come back into this generation."""
         for rank in self.members.keys() - results.keys():
-            worker = self.members[rank]
-            report = self._roster.worker(worker)
-            if self._roster.dead(worker) or (report is not None and report.finished):
+            if self.is_gone(rank):
                 text = f"the job cannot start: {self.not_restored()}; start all workers again"
                 for other in self.members.values():
                     self.errors.setdefault(other, Problem("UnavailableError", text))
@@ -326,8 +348,7 @@ class Generations:
         texts = []
         for rank in sorted(self.members.keys() - done.keys())[:8]:
             worker = self.members[rank]
-            gone = self._roster.dead(worker) or (rank in reports and reports[rank].finished)
-            state = "has left without restoring" if gone else "has not restored yet"
+            state = "has left without restoring" if self.is_gone(rank) else "has not restored yet"
             texts.append(f"rank {rank} on {self._roster.host_name(worker)} {state}")
         return ", ".join(texts)
 
@@ -343,7 +364,12 @@ class Generations:
         chosen = self._choose(wish, bad) if wish.kind == "newest" else None
         where = decision.checkpoint.prefix if decision.checkpoint else "?"
         if chosen is None:
-            text = f"{where} cannot be read (rank {rank}: {what}) and there is no older checkpoint to take instead"
+            text = f"{where} cannot be read (rank {rank}: {what})"
+            if wish.kind == "newest":
+                text += " and there is no older checkpoint to take instead"
+            else:
+                others = ", ".join(str(c.step) for c in self._ledger.head.live if c.prefix not in bad) or "none"
+                text += f"; other steps are there: {others}"
             for worker in self.members.values():
                 self.errors[worker] = Problem("DamagedError", text)
             return

@@ -305,7 +305,9 @@ class Saves:
         skipped = dict(report.skipped).get(save.step)
         if skipped is not None:
             return f"{where}: {skipped}"
-        if report.step > save.step or report.finished:
+        if report.finished and report.step <= save.step:
+            return f"{where} left after step {report.step} without saving step {save.step}"
+        if report.step > save.step:
             return f"{where} went past step {save.step} without saving it: call save() on every rank, or request_save()"
         if self._settling_since is not None:
             return f"{where} had not taken its snapshot when the job was started again"

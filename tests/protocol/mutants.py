@@ -82,8 +82,8 @@ def vote_for_a_step_that_was_reached(monkeypatch: pytest.MonkeyPatch) -> None:
 def decide_a_step_that_one_rank_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     original = Cut._tally
 
-    def tally(self: Cut, proposal: Any, world_size: int, reports: Any) -> None:
-        original(self, proposal, 1, reports)
+    def tally(self: Cut, proposal: Any, needed: int, reports: Any, gone: Any) -> None:
+        original(self, proposal, 1, reports, gone)
 
     monkeypatch.setattr(Cut, "_tally", tally)
 
@@ -163,7 +163,7 @@ def delete_data_before_the_record(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def delete_record(self: Keeper, head: Any, config: Any, protected: Any) -> Any:
         for victim in self._choose(head, config, protected):
-            self._flows.start(self._ledger.retry(DeleteData(victim.prefix, victim.attempt)))
+            self._flows.start(self._ledger.retry(DeleteData(victim.prefix, victim.attempt, victim.num_shards)))
         return original(self, head, config, protected)
 
     monkeypatch.setattr(Keeper, "_delete_record", delete_record)
@@ -228,7 +228,7 @@ def overwrite_the_checkpoint_file(monkeypatch: pytest.MonkeyPatch) -> None:
 def sweep_a_claim_before_the_mark_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     def sweep_one(self: Keeper, claim: Any) -> Any:
         yield from self._ledger.retry(DeleteIndex(claim.prefix))
-        yield from self._ledger.retry(DeleteData(claim.prefix, claim.attempt))
+        yield from self._ledger.retry(DeleteData(claim.prefix, claim.attempt, claim.num_shards))
         yield from self._ledger.retry(DeleteClaim(claim.prefix))
 
     monkeypatch.setattr(Keeper, "_sweep_one", sweep_one)
