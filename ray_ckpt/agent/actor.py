@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 _POLL_S = 1.0
 _LOOK_S = 0.2
 _DEBOUNCE_S = 0.005
+_WRITE_S = 60.0
+_SLOWEST = 1e6
+"""Bytes a second: a writer that is slower hangs."""
 
 WorkerAnswer = tuple[int, int, WorkerView]
 """(epoch, version, view) of the coordinator for one worker."""
@@ -54,8 +57,7 @@ class Agent:
         self._node_id = node_id
         self._folder = memory_folder
         self._lease_s = lease_s
-        incarnation = f"{time.time_ns():020d}"
-        self._logic = HostLogic(node_id, incarnation, name=socket.gethostname(), max_writes=max_writes)
+        self._logic = HostLogic(node_id, "", name=socket.gethostname(), max_writes=max_writes)
         self._processes: dict[str, ProcessId] = {}
         self._coordinator: Any = None
         self._memory: HostMemory | None = None
@@ -64,6 +66,8 @@ class Agent:
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._busy_at = time.monotonic()
+        # By itself: Ray starts it again after a crash, and then perhaps nobody calls, but snapshots lie there.
+        self._spawn(self._start_alone())
 
     # -- called by the workers of this host ------------------------------------------------------------------
 
@@ -96,7 +100,12 @@ class Agent:
         if self._pool is not None:
             # Once more, late: Ray ends idle processes after seconds.
             self._pool.warm_up(self._logic.max_writes)
-        return await loop.run_in_executor(None, self._memory_now.prepare, rank, nbytes, slots)
+        living = {r.rank for worker, r in self._logic.workers.items() if self._lives(worker)}
+        return await loop.run_in_executor(None, self._memory_now.prepare, rank, nbytes, slots, living)
+
+    def _lives(self, worker: str) -> bool:
+        process = self._processes.get(worker)
+        return process is not None and process.alive
 
     async def pid(self) -> int:
         """The process that runs this actor."""
@@ -110,16 +119,37 @@ class Agent:
         return self._memory
 
     def _start(self) -> None:
-        """On the first call: Ray takes an exception in the constructor for a permanent death."""
+        """Not in the constructor: Ray takes an exception there for a permanent death."""
         if self._pool is not None:
             return
+        if self._memory is None:
+            memory = HostMemory.open(run_id(self._url), self._node_id, self._folder)
+            self._logic.incarnation = memory.next_incarnation()
+            self._memory = memory
+            self._logic.on_segments(memory.sealed(), memory.layouts())
         store = open_store(self._url, storage_options=self._options, single_coordinator=self._single_coordinator)
-        self._memory = HostMemory.open(run_id(self._url), self._node_id, self._folder)
-        self._logic.on_segments(self._memory.sealed(), self._memory.layouts())
         self._pool = WriterPool(self._node_id, store)
         self._pool.warm_up(self._logic.max_writes)
         for work in (self._poll, self._push, self._watch):
             self._spawn(self._keep_doing(work))
+
+    async def _start_alone(self) -> None:
+        """Start without a call; end where that fails and nobody needs this agent."""
+        while self._pool is None:
+            await asyncio.sleep(_POLL_S)
+            try:
+                self._start()
+            except Exception as error:
+                logger.warning("%s: the agent cannot start yet: %r", self._url, error)
+                self._end_if_idle()
+
+    def _end_if_idle(self) -> None:
+        if not self._logic.idle:
+            self._busy_at = time.monotonic()
+        elif time.monotonic() - self._busy_at > self._lease_s:
+            if self._memory is not None:
+                self._memory.remove()
+            ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
 
     async def _keep_doing(self, work: Callable[[], Awaitable[None]]) -> None:
         """Repeat for ever; an error that nobody thought of must not silence the host for good."""
@@ -175,6 +205,7 @@ class Agent:
         order = start.order
         return await self._pool.write(
             self._memory_now.path(start.segment.name),
+            timeout_s=_WRITE_S + self._memory_now.nbytes(start.segment.name) / _SLOWEST,
             generation=order.generation,
             step=order.step,
             plan_id=order.plan_id,
@@ -233,8 +264,4 @@ class Agent:
         self._act()
         if self._logic.fingerprint != before:
             self._news.set()
-        if not self._logic.idle:
-            self._busy_at = time.monotonic()
-        elif time.monotonic() - self._busy_at > self._lease_s:
-            self._memory_now.remove()
-            ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
+        self._end_if_idle()

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import shutil
 import threading
+import time
+from collections.abc import Collection
 from pathlib import Path
 
 from ray_ckpt.errors import DamagedError, SaveError, StorageError
 from ray_ckpt.protocol.messages import SegmentInfo, Trigger
-from ray_ckpt.snapshot import Segment, SegmentState, default_folder
+from ray_ckpt.snapshot import Segment, SegmentState, default_folder, reclaim
 from ray_ckpt.snapshot.layouts import keep_layout, read_layouts
 from ray_ckpt.types import Layout
 
 logger = logging.getLogger(__name__)
 
 _SUFFIX = ".segment"
+_INCARNATION = "incarnation"
 _RESERVE = 0.05
 """Share of the tmpfs that is left to others, who may be the training processes."""
 
@@ -27,6 +31,7 @@ class HostMemory:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self._lock = threading.Lock()
+        self._making = threading.Lock()
         self._segments: dict[str, Segment] = {}
         self._digests: dict[tuple[str, int], tuple[tuple[str, int], ...]] = {}
         for path in sorted(self.folder.glob("*" + _SUFFIX)):
@@ -44,41 +49,55 @@ class HostMemory:
         own.mkdir(mode=0o700, parents=True, exist_ok=True)
         return cls(own)
 
-    def prepare(self, rank: int, nbytes: int, slots: int) -> list[str]:
+    def prepare(self, rank: int, nbytes: int, slots: int, living: Collection[int] = ()) -> list[str]:
         """Make up to ``slots`` segments that hold ``nbytes`` each for a rank, and populate them; their paths.
 
-        One is made at least; a second one only if it leaves the machine some memory.
+        One is made at least; a second one only if it leaves the machine some memory. Empty segments of ranks that
+        are not ``living`` on this host are given up first.
 
         Raises:
             StorageError: not even one fits; the text has the remedy.
         """
-        with self._lock:
-            fitting = self._fitting(rank, nbytes)
-            for slot in range(2 * slots):
+        with self._making:
+            self._give_up(rank, nbytes, living)
+            with self._lock:
+                mine = [(n, s) for n, s in self._segments.items() if _rank_of(n) == rank]
+            fitting = [segment for _, segment in mine if segment.data_nbytes >= nbytes]
+            taken = {name for name, _ in mine}
+            for name in (f"{rank:05d}-{slot}{_SUFFIX}" for slot in range(2 * slots)):
                 if len(fitting) >= slots or (fitting and not self._has_room(nbytes, rank)):
                     break
-                name = f"{rank:05d}-{slot}{_SUFFIX}"
-                if name not in self._segments:
+                if name not in taken:
+                    # Without the lock, which the agent's event loop waits for: it can take seconds.
                     segment = Segment.create(self.folder / name, nbytes)
-                    self._segments[name] = segment
+                    with self._lock:
+                        self._segments[name] = segment
                     fitting.append(segment)
         for segment in fitting:
             segment.populate()
         return [str(segment.path) for segment in fitting[:slots]]
 
-    def _fitting(self, rank: int, nbytes: int) -> list[Segment]:
-        """A rank's segments of this size; empty ones that are too small are given up."""
-        found = []
-        for name, segment in list(self._segments.items()):
-            if not name.startswith(f"{rank:05d}-"):
-                continue
-            if segment.data_nbytes >= nbytes:
-                found.append(segment)
-            elif segment.state is SegmentState.EMPTY:
-                segment.close()
-                segment.path.unlink(missing_ok=True)
-                del self._segments[name]
-        return found
+    def _give_up(self, rank: int, nbytes: int, living: Collection[int]) -> None:
+        """Remove what lies empty: this rank's too small segments, and those of ranks that are not here any more."""
+        with self._lock:
+            for name, segment in list(self._segments.items()):
+                if segment.state is not SegmentState.EMPTY:
+                    continue
+                of = _rank_of(name)
+                if of == rank and segment.data_nbytes < nbytes:
+                    segment.close()
+                    segment.path.unlink(missing_ok=True)
+                    del self._segments[name]
+                elif of != rank and of not in living:
+                    self._give_up_unused(name)
+
+    def _give_up_unused(self, name: str) -> None:
+        """A process of which this agent does not know yet may have the segment mapped: then it stays."""
+        segment = self._segments.pop(name)
+        segment.close()
+        with contextlib.suppress(StorageError):
+            if not reclaim(segment.path):
+                self._segments[name] = Segment.open(segment.path, writable=True)
 
     def _has_room(self, nbytes: int, rank: int) -> bool:
         usage = shutil.disk_usage(self.folder)
@@ -135,6 +154,11 @@ class HostMemory:
         """The file of a segment."""
         return str(self.folder / name)
 
+    def nbytes(self, name: str) -> int:
+        """What a segment can hold, in bytes."""
+        with self._lock:
+            return self._segments[name].data_nbytes
+
     def next_try(self, name: str, writer: int, epoch: int) -> int:
         """The number of a writer's next try in the attempt of this epoch; kept in the segment."""
         with self._lock:
@@ -146,6 +170,18 @@ class HostMemory:
             segment = self._segments.get(name)
             if segment is not None:
                 segment.release()
+
+    def next_incarnation(self) -> str:
+        """A name for an agent that sorts after those of all agents before it, even if the clock went back."""
+        path = self.folder / _INCARNATION
+        last = 0
+        with contextlib.suppress(OSError, ValueError):
+            last = int(path.read_text())
+        number = max(last + 1, time.time_ns())
+        partial = path.with_suffix(f".{os.getpid()}")
+        partial.write_text(str(number))
+        partial.rename(path)
+        return f"{number:020d}"
 
     def keep_layout(self, layout: Layout) -> None:
         """Put a layout beside the segments, so that it outlives this process."""
@@ -162,6 +198,10 @@ class HostMemory:
                 segment.close()
             self._segments.clear()
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _rank_of(name: str) -> int:
+    return int(name.partition("-")[0])
 
 
 def _trigger(text: str) -> Trigger:

@@ -44,16 +44,20 @@ class WriterPool:
         for _ in range(writers):
             self._warm.remote(self._store)
 
-    async def write(self, path: str, **arguments: Any) -> ShardReport:
-        """One try of one shard.
+    async def write(self, path: str, *, timeout_s: float, **arguments: Any) -> ShardReport:
+        """One try of one shard, which may take ``timeout_s``.
 
         Raises:
             SaveError: the snapshot is not there any more.
             StorageError: the try failed; another may work.
         """
+        task = self._write.remote(path, store=self._store, **arguments)
         try:
-            report: ShardReport = await self._write.remote(path, store=self._store, **arguments)
+            report: ShardReport = await asyncio.wait_for(task, timeout_s)
             return report
+        except asyncio.TimeoutError:
+            ray.cancel(task, force=True)
+            raise StorageError(f"the writer was not done after {timeout_s:.0f} s and has been ended") from None
         except RayTaskError as error:
             cause = error.cause
             if isinstance(cause, SaveError):
@@ -61,16 +65,20 @@ class WriterPool:
             raise StorageError(str(cause)) from None
         except TaskUnschedulableError:
             logger.warning("this host takes no tasks any more: the agent writes %s itself", path)
-            return await self._write_here(path, arguments)
+            return await self._write_here(path, timeout_s, arguments)
         except WorkerCrashedError as error:
             raise StorageError(f"the writer process died: {error}") from None
         except RayError as error:
             raise StorageError(f"the writer task failed: {error}") from None
 
-    async def _write_here(self, path: str, arguments: dict[str, Any]) -> ShardReport:
+    async def _write_here(self, path: str, timeout_s: float, arguments: dict[str, Any]) -> ShardReport:
         loop = asyncio.get_running_loop()
+        written = loop.run_in_executor(None, lambda: write_shard(path, store=self._store, **arguments))
+        done, _ = await asyncio.wait([written], timeout=timeout_s)
+        if not done:
+            raise StorageError(f"the agent was not done with the shard after {timeout_s:.0f} s")
         try:
-            return await loop.run_in_executor(None, lambda: write_shard(path, store=self._store, **arguments))
+            return written.result()
         except RayCkptError:
             raise
         except OSError as error:

@@ -8,13 +8,15 @@ import os
 import socket
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 import ray
 
+from ray_ckpt.coordinator.clock import Clock
 from ray_ckpt.coordinator.executor import Executor
+from ray_ckpt.coordinator.threads import IoThreads
+from ray_ckpt.errors import StorageError
 from ray_ckpt.protocol.coordinator import CoordinatorLogic
 from ray_ckpt.protocol.flows import Io, IoFailedError
 from ray_ckpt.protocol.messages import HostReport, HostView, RunStatus, SaveOutcome
@@ -27,6 +29,7 @@ _AFTER_ERROR_S = 1.0
 _ABANDONED_S = 600.0
 """Agents call every second: when none has for so long, nobody will, whatever is left to do (storage may be gone)."""
 _IO_THREADS = 8
+_IO_TIMEOUT_S = 300.0
 
 Seen = tuple[int, int]
 """(epoch, version) of the newest view that a host has; (0, -1) before the first."""
@@ -48,18 +51,21 @@ class Coordinator:
         self._lease_s = lease_s
         self._logic = CoordinatorLogic(url, f"{socket.gethostname()}:{os.getpid()}:{time.time_ns():x}")
         self._executor: Executor | None = None
-        self._threads = ThreadPoolExecutor(_IO_THREADS, "ray-ckpt-io")
+        self._threads = IoThreads(_IO_THREADS)
+        self._clock = Clock()
         self._changed = asyncio.Event()
         self._sent: dict[str, HostView] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._busy_at = self._called_at = time.monotonic()
+        # By itself: Ray starts it again after a crash, and then perhaps nobody calls.
+        self._spawn(self._tick())
 
     # -- called by agents ---------------------------------------------------------------------------------
 
     async def exchange(self, report: HostReport, seen: Seen, wait_s: float) -> HostView | None:
         """Take a host's report in; answer with its view once that differs from the one ``seen``, or in ``wait_s``."""
         self._start()
-        self._logic.on_report(report, time.time())
+        self._logic.on_report(report, self._clock.now())
         self._pump()
         deadline = time.monotonic() + wait_s
         while True:
@@ -90,7 +96,7 @@ class Coordinator:
     async def request_save(self, request_id: str, reason: str, wait_s: float) -> SaveOutcome | None:
         """Ask for a save; its outcome, None if there is none within ``wait_s``. May be repeated with the same id."""
         self._start()
-        self._logic.request_save(request_id, reason, time.time())
+        self._logic.request_save(request_id, reason, self._clock.now())
         self._pump()
         deadline = time.monotonic() + wait_s
         while request_id not in self._logic.cut.request_outcomes:
@@ -106,7 +112,7 @@ class Coordinator:
     async def request_stop(self, reason: str) -> None:
         """Have all workers save and stop at one step."""
         self._start()
-        self._logic.request_stop(reason, time.time())
+        self._logic.request_stop(reason, self._clock.now())
         self._pump()
 
     async def status(self) -> RunStatus:
@@ -128,8 +134,7 @@ class Coordinator:
         store = open_store(self._url, storage_options=self._options, single_coordinator=self._single_coordinator)
         planner = self._logic.planner
         self._executor = Executor(store, lambda save: planner.plan_of(save.segments))
-        self._logic.start(time.time())
-        self._spawn(self._tick())
+        self._logic.start(self._clock.now())
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -145,29 +150,37 @@ class Coordinator:
 
     async def _run(self, io_id: int, io: Io) -> None:
         assert self._executor is not None
-        loop = asyncio.get_running_loop()
+        what = type(io).__name__
         try:
-            result = await loop.run_in_executor(self._threads, self._executor.run, io)
+            result = await self._threads.run(_IO_TIMEOUT_S, what, self._executor.run, io)
+        except StorageError as error:
+            result = IoFailedError(str(error))
         except Exception as error:
-            logger.exception("%s: %s failed unexpectedly", self._url, type(io).__name__)
+            logger.exception("%s: %s failed unexpectedly", self._url, what)
             result = IoFailedError(f"{type(error).__name__}: {error}")
         if isinstance(result, IoFailedError):
-            logger.warning("%s: %s: %s", self._url, type(io).__name__, result)
-        self._logic.on_io(io_id, result, time.time())
-        self._pump()
+            logger.warning("%s: %s: %s", self._url, what, result)
+        try:
+            self._logic.on_io(io_id, result, self._clock.now())
+            self._pump()
+        except Exception:
+            # The flow that waited for this answer is lost, and with it a save: the next process begins anew.
+            logger.exception("%s: the coordinator ends: it failed at the answer to %s", self._url, what)
+            os._exit(1)
 
     async def _tick(self) -> None:
         """Keep the machine's time; end what nobody needs: a leaked actor would keep its node from scaling down."""
         while True:
             await asyncio.sleep(_TICK_S)
             try:
-                self._logic.on_tick(time.time())
+                if self._executor is not None:
+                    self._logic.on_tick(self._clock.now())
             except Exception:
                 # Without ticks no deadline would pass and the actor would never end.
                 logger.exception("%s: the coordinator goes on after an unexpected error", self._url)
                 await asyncio.sleep(_AFTER_ERROR_S)
             self._pump()
-            if not self._logic.idle:
+            if self._executor is not None and not self._logic.idle:
                 self._busy_at = time.monotonic()
             fenced = self._logic.ledger.phase == "fenced"
             now = time.monotonic()

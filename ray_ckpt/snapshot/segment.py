@@ -265,7 +265,7 @@ class Segment:
 
     def empty_if_abandoned(self) -> bool:
         """Empty the segment if the process that was filling it has died; whether that was so."""
-        if self.state is not SegmentState.FILLING:
+        if self._words[_Word.STATE] != SegmentState.FILLING:
             return False
         with _range_lock(self._fd, _STATE_AT):
             abandoned = self.state is SegmentState.FILLING and not self._filler_lives

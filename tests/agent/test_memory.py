@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
+import pytest
+
 from ray_ckpt.agent.memory import HostMemory
-from ray_ckpt.snapshot import Segment, SegmentState
+from ray_ckpt.snapshot import SaveId, Segment, SegmentState
+
+SAVE = SaveId("run", 1, 9, 3, 4, "plan", "cadence")
+EMPTY_TABLE = {"entries": [], "writers": [], "writer_base": 0, "digests": {}}
 
 KILLED_IN_ITS_SNAPSHOT = """
 import os, signal, sys
@@ -33,3 +42,46 @@ def test_two_processes_killed_in_their_snapshots_cost_no_memory(tmp_path: Path) 
     assert [s.state for s in segments] == [SegmentState.FILLING] * 2
     assert memory.sealed() == []
     assert [s.state for s in segments] == [SegmentState.EMPTY] * 2
+
+
+def test_memory_of_ranks_that_moved_away_is_given_up(tmp_path: Path) -> None:
+    memory = HostMemory(tmp_path)
+    paths = {rank: memory.prepare(rank, 1000, 1, {0, 1, 2, 3})[0] for rank in range(4)}
+    with Segment.open(paths[3], writable=True) as mapped:
+        (path,) = memory.prepare(0, 1000, 1, {2})
+        assert sorted(p.name for p in tmp_path.iterdir()) == [f"0000{rank}-0.segment" for rank in (0, 2, 3)]
+        with mapped.fill(SAVE):
+            mapped.seal(json.dumps({**EMPTY_TABLE, "save": asdict(SAVE)}).encode())
+    assert path == paths[0]
+    assert [info.name for info in memory.sealed()] == ["00003-0.segment"]
+    memory.prepare(0, 1000, 1)
+    assert Path(paths[3]).exists(), "what is sealed stays"
+    assert not Path(paths[2]).exists()
+
+
+def test_while_memory_is_made_the_agent_can_look_at_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = HostMemory(tmp_path)
+    create = Segment.create
+    looks, made = [], []
+
+    def look_meanwhile(path: Path, nbytes: int) -> Segment:
+        made.append(path.name)
+        with ThreadPoolExecutor(1) as thread:
+            looks.append(thread.submit(memory.sealed).result(timeout=60))
+        return create(path, nbytes)
+
+    monkeypatch.setattr(Segment, "create", look_meanwhile)
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(lambda _: memory.prepare(0, 1000, 2), range(2))
+    assert looks == [[], []]
+    assert first == second
+    assert made == ["00000-0.segment", "00000-1.segment"], "each is made once"
+
+
+def test_incarnations_rise_even_if_the_clock_goes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [HostMemory(tmp_path).next_incarnation()]
+    monkeypatch.setattr(time, "time_ns", lambda: 1000)
+    names += [HostMemory(tmp_path).next_incarnation() for _ in range(2)]
+    assert names == sorted(set(names))
+    (tmp_path / "incarnation").write_text("damaged")
+    assert int(HostMemory(tmp_path).next_incarnation()) == 1000
