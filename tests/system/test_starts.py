@@ -219,7 +219,7 @@ def test_a_rank_that_leaves_in_its_restore_is_named(make_job: Callable[..., Job]
     with pytest.raises(MismatchError):
         job.on(1, "restore", with_extra)
     job.on(1, "leave")
-    with pytest.raises(UnavailableError, match=r"all ranks to have restored; late is: rank 1 on .* has left without"):
+    with pytest.raises(UnavailableError, match=r"the job cannot start: rank 1 on .* has left without restoring"):
         get(waiting)
 
 
