@@ -23,7 +23,7 @@ from ray_ckpt.errors import (
     UnavailableError,
     UsageError,
 )
-from ray_ckpt.log import live_checkpoints, pin, read_head
+from ray_ckpt.log import live_checkpoints, pin, read_last_good
 from ray_ckpt.restore import Damage, StoredCheckpoint, check_bytes, check_extents, open_checkpoint, read_boxes
 from ray_ckpt.storage import Store, open_store
 from ray_ckpt.types import METADATA_KEY, Box, Checkpoint
@@ -278,7 +278,7 @@ def _pinned(store: Store, checkpoint: Checkpoint) -> Iterator[None]:
 
 
 def _what_is_there(store: Store) -> str:
-    head = read_head(store)
+    head = read_last_good(store)
     if head is not None:
         return f"its log of {head.sequence} records lists none that is committed"
     found = store.list("")

@@ -2,7 +2,7 @@
 
 from ray_ckpt.log.claims import delete_claim, list_claims, list_pins, pin, put_claim
 from ray_ckpt.log.codec import decode_record, encode_record
-from ray_ckpt.log.records import append, prune, read_head
+from ray_ckpt.log.records import append, prune, read_head, read_last_good
 from ray_ckpt.log.state import live_checkpoints, repair_state_file
 
 __all__ = [
@@ -17,5 +17,6 @@ __all__ = [
     "prune",
     "put_claim",
     "read_head",
+    "read_last_good",
     "repair_state_file",
 ]

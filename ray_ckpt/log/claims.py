@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from urllib.parse import quote, unquote
 
-from ray_ckpt.errors import ObjectMissingError, StorageError
+from ray_ckpt.errors import DamagedError, ObjectMissingError, StorageError
 from ray_ckpt.log.codec import decode_claim, encode_claim, inside
 from ray_ckpt.storage import ObjectInfo, Store
 from ray_ckpt.storage.base import checked_path
@@ -38,13 +38,16 @@ def put_claim(store: Store, claim: Claim) -> Claim | None:
 
 
 def list_claims(store: Store) -> list[Claim]:
-    """All claims in the directory, by prefix. Raises `StorageError`, `DamagedError`."""
+    """All claims in the directory, by prefix; what cannot be read is left out. Raises `StorageError`."""
     found = []
     for info in store.list(CLAIMS):
         try:
             found.append(decode_claim(store.read(info.path), f"{store.url}/{info.path}"))
         except ObjectMissingError:
             continue
+        except DamagedError as error:
+            # It protects its prefix all the same: who wants to claim that meets it.
+            logger.warning("a claim is left out: %s", error)
     return sorted(found, key=lambda claim: claim.prefix)
 
 
@@ -74,7 +77,10 @@ def pin(store: Store, prefix: str, by: str, lifetime_s: float = PIN_LIFETIME_S) 
 
 
 def list_pins(store: Store, now: float) -> set[str]:
-    """Prefixes that a reader in any job is using at ``now`` (s since the epoch). Removes expired pins."""
+    """Prefixes that a reader in any job is using at ``now`` (s since the epoch). Removes expired pins.
+
+    One whose name is no pin's is left out. Raises `StorageError`.
+    """
     pinned = set()
     for info in store.list(PINS):
         expires = _expiry(store, info)
@@ -83,7 +89,10 @@ def list_pins(store: Store, now: float) -> set[str]:
         if expires <= now:
             store.delete(info.path)
         else:
-            pinned.add(_pinned_prefix(store, info))
+            try:
+                pinned.add(_pinned_prefix(store, info))
+            except DamagedError as error:
+                logger.warning("a pin is left out: %s", error)
     return pinned
 
 

@@ -1,4 +1,7 @@
-"""JSON of the records in `types`: strict about what they need, blind to keys that newer versions add."""
+"""JSON of the records in `types`: strict about what they need, blind to keys that newer versions add.
+
+Each carries the crc32c of all its other keys; one without, from an older version, is read as well.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,24 @@ import types
 import typing
 from typing import Any, Literal, TypeVar, Union
 
+from ray_ckpt.bundle import crc32c
 from ray_ckpt.errors import CheckpointError, DamagedError, UsageError
 from ray_ckpt.storage.base import checked_path
 from ray_ckpt.types import FORMAT_VERSION, Claim, LogRecord
 
 T = TypeVar("T")
 
+CHECKSUM = "crc32c"
+"""Key of the checksum: crc32c of the JSON of all other keys, sorted, as `json.dumps` writes it."""
+
 
 def encode_record(record: LogRecord) -> bytes:
-    """The record as JSON (UTF-8), with the format version. Equal records give equal bytes."""
+    """The record as JSON (UTF-8), with the format version and a checksum. Equal records give equal bytes.
+
+    Raises `UsageError` for what `decode_record` would refuse: a record that nobody can read blocks the directory.
+    """
+    for checkpoint in (*record.live, *(dying.checkpoint for dying in record.dying)):
+        checked_path(checkpoint.prefix)
     return _encode(record)
 
 
@@ -32,7 +44,8 @@ def decode_record(raw: bytes, source: str) -> LogRecord:
 
 
 def encode_claim(claim: Claim) -> bytes:
-    """The claim as JSON (UTF-8), with the format version."""
+    """The claim as JSON (UTF-8), as `encode_record` does it. Raises `UsageError` for what its decoder would refuse."""
+    checked_path(claim.prefix)
     return _encode(claim)
 
 
@@ -55,7 +68,18 @@ def inside(prefix: str, source: str) -> str:
 
 
 def _encode(record: Any) -> bytes:
-    return json.dumps({"format": FORMAT_VERSION, **dataclasses.asdict(record)}).encode()
+    fields = dataclasses.asdict(record)
+    try:
+        _convert(type(record), fields)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"this {type(record).__name__} cannot be written, no reader would take it: {error}") from None
+    value = {"format": FORMAT_VERSION, **fields}
+    return json.dumps({**value, CHECKSUM: _checksum(value)}).encode()
+
+
+def _checksum(value: dict[str, Any]) -> int:
+    rest = {key: item for key, item in value.items() if key != CHECKSUM}
+    return crc32c(json.dumps(rest, sort_keys=True).encode())
 
 
 def _decode(cls: type[T], raw: bytes, source: str) -> T:
@@ -67,6 +91,8 @@ def _decode(cls: type[T], raw: bytes, source: str) -> T:
                 f"{source} was written by a newer ray_ckpt (format {version}, this one knows up to"
                 f" {FORMAT_VERSION}): update ray_ckpt"
             )
+        if CHECKSUM in value and value[CHECKSUM] != _checksum(value):
+            raise ValueError(f"its crc32c should be {value[CHECKSUM]}, is {_checksum(value)}")
         result: T = _convert(cls, value)
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedError(
@@ -82,7 +108,7 @@ def _convert(expected: Any, value: Any) -> Any:
     if origin in (Union, types.UnionType):
         return None if value is None else _convert(args[0], value)
     if origin is tuple:
-        if not isinstance(value, list):
+        if not isinstance(value, (list, tuple)):
             raise TypeError(f"expected a list, found {value!r}")
         return tuple(_convert(args[0], item) for item in value)
     if origin is Literal:
@@ -105,7 +131,10 @@ def _convert_fields(cls: Any, value: Any) -> Any:
     given = {}
     for field in dataclasses.fields(cls):
         if field.name in value:
-            given[field.name] = _convert(hints[field.name], value[field.name])
+            try:
+                given[field.name] = _convert(hints[field.name], value[field.name])
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{field.name}: {error}") from None
         elif field.default is dataclasses.MISSING:
             raise KeyError(field.name)
     return cls(**given)

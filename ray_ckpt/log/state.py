@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from ray_ckpt.bundle.state_file import StateFile, encode_state_file, parse_state_file
 from ray_ckpt.errors import CheckpointError, UnavailableError, UsageError
-from ray_ckpt.log.records import read_head
+from ray_ckpt.log.records import read_head, read_last_good
 from ray_ckpt.storage import ObjectInfo, Store
 from ray_ckpt.storage.base import checked_path
 from ray_ckpt.types import Checkpoint, LogRecord
@@ -52,11 +52,11 @@ def live_checkpoints(store: Store) -> list[Checkpoint]:
 
     They come from the log. Without one, those that TensorFlow's `checkpoint` file names and whose files
     are there are given as foreign ones: ``step`` from the end of the name (0 without one), ``nbytes`` from
-    the files, ``world_size`` 0 for unknown.
+    the files, ``world_size`` 0 for unknown. Below a damaged newest record the last good one counts, with a warning.
 
     Raises `CheckpointError` if the newest is outside of the directory, `DamagedError`, `StorageError`.
     """
-    head = read_head(store)
+    head = read_last_good(store)
     if head is not None:
         return list(head.live)
     held = store.read_versioned(STATE_FILE)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+
 import pytest
 
 from ray_ckpt.errors import DamagedError, UsageError
@@ -60,15 +63,19 @@ def test_prefixes_stay_inside(store: Store, prefix: str) -> None:
         delete_claim(store, prefix)
     with pytest.raises(UsageError), pin(store, prefix, "me"):
         pass
-    store.put(f"{CLAIMS}/x", encode_claim(claim(prefix)))
-    with pytest.raises(DamagedError, match=f"{CLAIMS}/x names the checkpoint"):
-        list_claims(store)
+    with pytest.raises(UsageError):
+        encode_claim(claim(prefix))
+    store.put(f"{CLAIMS}/x", json.dumps({"format": 1, **dataclasses.asdict(claim(prefix))}).encode())
+    assert list_claims(store) == []
 
 
-def test_a_junk_claim_is_damage(store: Store) -> None:
+def test_a_junk_claim_is_left_out_with_a_warning_and_still_protects(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
     store.put(f"{CLAIMS}/x", b"junk")
-    with pytest.raises(DamagedError, match=f"{CLAIMS}/x is no Claim"):
-        list_claims(store)
+    put_claim(store, claim("y"))
+    assert list_claims(store) == [claim("y")]
+    assert f"{CLAIMS}/x is no Claim" in caplog.text
     with pytest.raises(DamagedError, match=f"{CLAIMS}/x is no Claim"):
         put_claim(store, claim("x"))
 
@@ -113,3 +120,10 @@ def test_an_unreadable_pin_counts_for_its_normal_lifetime(store: Store) -> None:
     assert list_pins(store, written) == {"a/b"}
     assert list_pins(store, written + PIN_LIFETIME_S) == set()
     assert store.list(PINS) == []
+
+
+def test_a_pin_of_a_path_outside_is_left_out_with_a_warning(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    store.put(f"{PINS}/..%2Fsecret.x", b"junk")
+    with pin(store, "b", "reader"):
+        assert list_pins(store, 0.0) == {"b"}
+    assert "names the checkpoint '../secret'" in caplog.text

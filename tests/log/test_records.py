@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ray_ckpt.errors import CheckpointError, DamagedError, RayCkptError, StorageError, UsageError
 from ray_ckpt.log import append, decode_record, encode_record, live_checkpoints, prune, read_head
+from ray_ckpt.log.codec import CHECKSUM
 from ray_ckpt.log.records import LOG, MIN_KEPT, record_path
 from ray_ckpt.storage import Store, open_store
 from ray_ckpt.testing.faulty_store import ALWAYS, Fault, FaultyStore
@@ -32,8 +34,46 @@ def test_a_record_comes_back(wanted: LogRecord) -> None:
     assert decode_record(encode_record(wanted), "here") == wanted
 
 
+def unsealed(made: LogRecord) -> dict[str, Any]:
+    """The record as its JSON says it, without the checksum, as older versions wrote it."""
+    value: dict[str, Any] = json.loads(encode_record(made))
+    assert value.pop(CHECKSUM) > 0
+    return value
+
+
+def test_a_record_without_a_checksum_is_read() -> None:
+    assert decode_record(json.dumps(unsealed(FULL)).encode(), "here") == FULL
+
+
+def test_any_changed_value_is_damage() -> None:
+    raw = encode_record(FULL)
+    key = raw.index(CHECKSUM.encode())
+    for at in range(len(raw)):
+        if chr(raw[at]).isdigit() and at not in range(key, key + len(CHECKSUM)):
+            changed_digit = b"8" if raw[at : at + 1] == b"1" else b"1"
+            with pytest.raises(RayCkptError):
+                decode_record(raw[:at] + changed_digit + raw[at + 1 :], "here")
+    with pytest.raises(DamagedError, match=r"here is no LogRecord.*crc32c should be"):
+        decode_record(raw.replace(b"ein Grund", b"kein Grund"), "here")
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"step": 5.0}, r"step: expected int, found 5\.0"),
+        ({"kind": "party"}, "kind: expected one of"),
+        ({"live": (dataclasses.replace(checkpoint(1), step=1.0),)}, "live: step: expected int"),
+        ({"live": (dataclasses.replace(checkpoint(1), prefix="../x"),)}, r"\.\./x"),
+        ({"generation": Generation("1", 2, None)}, "generation: number: expected int, found '1'"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_no_reader_would_take_is_not_written(changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(UsageError, match=text):
+        encode_record(dataclasses.replace(FULL, **changes))
+
+
 def test_keys_of_later_versions_are_ignored() -> None:
-    value = json.loads(encode_record(FULL))
+    value = unsealed(FULL)
     value["later"] = value["live"][0]["later"] = {"a": 1}
     assert decode_record(json.dumps(value).encode(), "here") == FULL
 
@@ -46,7 +86,7 @@ def test_a_newer_format_is_refused() -> None:
 
 
 def changed(**changes: object) -> bytes:
-    value = {**json.loads(encode_record(FULL)), **changes}
+    value = {**unsealed(FULL), **changes}
     return json.dumps({key: item for key, item in value.items() if item != "gone"}).encode()
 
 
@@ -81,7 +121,7 @@ def test_a_prefix_may_not_leave_the_directory(prefix: str) -> None:
     away = dataclasses.replace(checkpoint(1), prefix=prefix)
     for bad in (record(1, away), dataclasses.replace(record(1), dying=(Dying(away, 1.0),))):
         with pytest.raises(DamagedError, match=r"here names the checkpoint .*inside the checkpoint directory"):
-            decode_record(encode_record(bad), "here")
+            decode_record(json.dumps(dataclasses.asdict(bad) | {"format": 1}).encode(), "here")
 
 
 def test_an_empty_directory_has_no_head(store: Store) -> None:
@@ -196,11 +236,38 @@ def test_other_files_in_the_folder_are_no_records(store: Store) -> None:
     assert read_head(store) == top
 
 
-def test_a_damaged_head_is_named(store: Store) -> None:
+def test_a_damaged_head_is_named_with_the_remedy(store: Store) -> None:
     fill(store, 1, 2)
     store.put(record_path(3), b"{}")
-    with pytest.raises(DamagedError, match=f"{store.url}/{record_path(3)}"):
+    remedy = "remove that file to go on from record 2, which lists steps 2"
+    with pytest.raises(DamagedError, match=f"{store.url}/{record_path(3)}.*{remedy}"):
         read_head(store)
+    store.put(record_path(4), b"{}")
+    with pytest.raises(DamagedError, match=f"{record_path(4)}.* remove that file and all above number 2"):
+        read_head(store)
+
+
+def test_readers_go_back_below_damaged_records(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    fill(store, 1, 2)
+    store.put(record_path(3), b"{}")
+    store.put(record_path(4), encode_record(record(9, checkpoint(9))))
+    assert live_checkpoints(store) == [checkpoint(2)]
+    assert f"{record_path(4)} says it is record 9" in caplog.text
+    assert "reading record 2 instead, which lists steps 2" in caplog.text
+
+
+def test_a_log_of_damaged_records_only_is_no_empty_one(store: Store) -> None:
+    store.put(record_path(1), b"{}")
+    for read in (read_head, live_checkpoints):
+        with pytest.raises(DamagedError, match="no older record can be read"):
+            read(store)
+
+
+def test_a_newer_version_is_not_stepped_back_from(store: Store) -> None:
+    fill(store, 1, 2)
+    store.put(record_path(3), json.dumps({"format": 99}).encode())
+    with pytest.raises(CheckpointError, match="newer ray_ckpt"):
+        live_checkpoints(store)
 
 
 def test_many_processes_append_without_gaps(tmp_path: Path) -> None:
