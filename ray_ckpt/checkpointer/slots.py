@@ -8,6 +8,8 @@ from collections.abc import Callable
 from ray_ckpt.errors import RayCkptError
 from ray_ckpt.snapshot import Segment, SegmentState
 
+_CLOSE_S = 1.0
+
 Prepare = Callable[[int], list[str]]
 """Data bytes -> paths of segments that hold so many."""
 
@@ -21,6 +23,7 @@ class Slots:
         self._lock = threading.Lock()
         self._segments: dict[str, Segment] = {}
         self._nbytes = -1
+        self._closed = False
         self._thread: threading.Thread | None = None
         self.error: RayCkptError | None = None
 
@@ -46,8 +49,11 @@ class Slots:
             self.error = error
         else:
             with self._lock:
-                old = [s for path, s in self._segments.items() if fresh.get(path) is not s]
-                self._segments, self._nbytes = fresh, nbytes
+                if self._closed:
+                    old = list(fresh.values())
+                else:
+                    old = [s for path, s in self._segments.items() if fresh.get(path) is not s]
+                    self._segments, self._nbytes = fresh, nbytes
             for segment in old:
                 segment.close()
         self._changed()
@@ -68,8 +74,10 @@ class Slots:
     def close(self) -> None:
         """Unmap all segments; what is sealed stays with the agent."""
         if self._thread is not None:
-            self._thread.join()
+            # The agent may not answer it for minutes; it closes what it opens after this.
+            self._thread.join(_CLOSE_S)
         with self._lock:
+            self._closed = True
             for segment in self._segments.values():
                 segment.close()
             self._segments = {}

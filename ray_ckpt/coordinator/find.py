@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import ray
+from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from tenacity import Retrying, retry_if_exception_type, retry_if_not_exception_type, stop_after_delay, wait_fixed
 
 from ray_ckpt.coordinator.actor import remote_coordinator
 from ray_ckpt.errors import SaveError, UnavailableError, UsageError
@@ -22,6 +24,7 @@ logger = logging.getLogger(__name__)
 NAMESPACE = "ray_ckpt"
 LEASE_S = 30.0
 _CALL_S = 30.0
+_AGAIN_S = 0.5
 
 
 def run_id(url: str) -> str:
@@ -82,19 +85,17 @@ def request_save(url: str, reason: str, timeout_s: float) -> int:
         UnavailableError: no save was committed within ``timeout_s``.
     """
     _connect()
-    coordinator = find(url)
     request_id = uuid.uuid4().hex
     deadline = time.monotonic() + timeout_s
     while (left := deadline - time.monotonic()) > 0:
-        call = coordinator.request_save.remote(request_id, reason, min(left, 10.0))
-        outcome = ray.get(call, timeout=left + _CALL_S)
+        outcome = _ask(url, left, "request_save", request_id, reason, min(left, 10.0))
         if outcome is None:
             continue
         if outcome.state == "failed":
             raise SaveError(f"the save of step {outcome.step} failed: {outcome.error}")
         return int(outcome.step)
     raise UnavailableError(
-        f"no save was committed within {timeout_s:.0f} s: {_what_it_waits_for(coordinator)}; training may not have "
+        f"no save was committed within {timeout_s:.0f} s: {_what_it_waits_for(url)}; training may not have "
         "reached its next step, see `ray-ckpt ls` later"
     )
 
@@ -104,10 +105,32 @@ def status(url: str) -> RunStatus:
 
     Raises:
         UsageError: no such job in this Ray cluster.
+        UnavailableError: its coordinator does not answer.
     """
     _connect()
-    found: RunStatus = ray.get(find(url).status.remote(), timeout=_CALL_S)
+    found: RunStatus = _ask(url, _CALL_S, "status")
     return found
+
+
+def _ask(url: str, timeout_s: float, method: str, *arguments: Any) -> Any:
+    """Call the coordinator, again while Ray restarts it: what is asked for may be asked twice.
+
+    Raises:
+        UsageError: no such job in this Ray cluster.
+        UnavailableError: no answer within ``timeout_s``, and a bit for the way.
+    """
+
+    def call() -> Any:
+        return ray.get(getattr(find(url), method).remote(*arguments), timeout=timeout_s + _CALL_S)
+
+    again = retry_if_exception_type(RayError) & retry_if_not_exception_type(RayTaskError)
+    try:
+        return Retrying(stop=stop_after_delay(timeout_s), wait=wait_fixed(_AGAIN_S), retry=again, reraise=True)(call)
+    except RayError as error:
+        raise UnavailableError(
+            f"the coordinator of {locate(url).url} does not answer: {error}; is its node gone, or does it start anew "
+            "again and again? See its log in the Ray dashboard"
+        ) from error
 
 
 def _connect() -> None:
@@ -120,7 +143,7 @@ def _connect() -> None:
         raise UsageError(f"no Ray cluster to ask ({error}): run this on one of its nodes, or set RAY_ADDRESS") from None
 
 
-def _what_it_waits_for(coordinator: Any) -> str:
-    found: RunStatus = ray.get(coordinator.status.remote(), timeout=_CALL_S)
+def _what_it_waits_for(url: str) -> str:
+    found = status(url)
     late = [f"step {s.step}: {s.late}" for s in found.saves]
     return "; ".join(late) or found.waiting or f"workers are at steps {list(found.steps)}"
