@@ -250,7 +250,7 @@ def _verify_one(store: Store, checkpoint: Checkpoint, progress: VerifyProgress |
             progress(info, done, total)
 
     with _pinned(store, checkpoint):
-        index, damage = check_bytes(store, checkpoint.prefix, progress=tell)
+        index, damage = check_bytes(store, checkpoint, progress=tell)
     if damage and checkpoint not in live_checkpoints(store):
         return None
     tensors = [] if index is None else [t for t in index.tensors.values() if t.name != METADATA_KEY]

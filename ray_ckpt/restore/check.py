@@ -11,7 +11,7 @@ from ray_ckpt.restore.engine import DEFAULT_BUDGET_NBYTES, DEFAULT_THREADS, Prog
 from ray_ckpt.restore.jobs import PieceJob
 from ray_ckpt.restore.stored import StoredCheckpoint, chunk_crc, open_checkpoint, open_index, too_short
 from ray_ckpt.storage import Store
-from ray_ckpt.types import CHUNK_NBYTES, METADATA_KEY
+from ray_ckpt.types import CHUNK_NBYTES, METADATA_KEY, Checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Damage:
 
 def check_bytes(
     store: Store,
-    prefix: str,
+    which: Checkpoint | str,
     *,
     threads: int = DEFAULT_THREADS,
     budget_nbytes: int = DEFAULT_BUDGET_NBYTES,
@@ -33,9 +33,12 @@ def check_bytes(
 ) -> tuple[Index | None, list[Damage]]:
     """The index of a checkpoint, or None if it cannot be read, and all damage to any byte that it names.
 
+    Given as a log entry or a prefix; what a log entry says must agree with the checkpoint's own metadata.
+
     Raises:
         StorageError: the storage failed, so that nothing is known.
     """
+    prefix = which if isinstance(which, str) else which.prefix
     path = index_name(prefix)
     try:
         index = open_index(store, prefix)
@@ -53,7 +56,7 @@ def check_bytes(
 
     run_jobs(stored, jobs, threads, budget_nbytes, progress, note)
     if not any(damage.tensor in ("", METADATA_KEY) for damage in found):
-        found += _check_metadata(store, prefix)
+        found += _check_metadata(store, which)
     return index, sorted(found, key=lambda damage: (damage.path, damage.tensor))
 
 
@@ -87,11 +90,11 @@ def _readable(stored: StoredCheckpoint, sizes: dict[int, int], found: list[Damag
                 yield PieceJob(tensor.name, tensor.dtype, piece)
 
 
-def _check_metadata(store: Store, prefix: str) -> Iterator[Damage]:
-    """The checkpoint's own description: readable, and in agreement with the index."""
-    path = index_name(prefix)
+def _check_metadata(store: Store, which: Checkpoint | str) -> Iterator[Damage]:
+    """The checkpoint's own description: readable, and in agreement with the log and the index."""
+    path = index_name(which if isinstance(which, str) else which.prefix)
     try:
-        stored = open_checkpoint(store, prefix)
+        stored = open_checkpoint(store, which)
     except DamagedError as error:
         yield Damage(path, METADATA_KEY, str(error))
         return

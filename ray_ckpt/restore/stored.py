@@ -70,12 +70,18 @@ def open_checkpoint(store: Store, which: Checkpoint | str) -> StoredCheckpoint:
 
     Raises:
         ObjectMissingError: the index or the metadata's shard is not there (any more): read the log again.
-        DamagedError: the index or the metadata fails its checksums.
+        DamagedError: the index or the metadata fails its checksums, or its step is not the log entry's.
         CheckpointError: a newer version of this package wrote it.
     """
     prefix = which if isinstance(which, str) else which.prefix
     index = open_index(store, prefix)
     metadata = _read_metadata(store, prefix, index)
+    # The step of a foreign one is only a guess from its name.
+    if isinstance(which, Checkpoint) and metadata and not which.foreign and metadata.step != which.step:
+        raise DamagedError(
+            f"the log of {store.url} lists step {which.step} at {prefix!r}, but the checkpoint there says that it is"
+            f" step {metadata.step}: its files or the log were changed; restore another checkpoint"
+        )
     return StoredCheckpoint(store, prefix, index, metadata, chunk_table(index, metadata))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import subprocess
 import sys
 import uuid
@@ -18,6 +19,7 @@ from ray_ckpt.bundle import encode_piece, encode_run, merge_index
 from ray_ckpt.catalog import CheckpointInfo, checkpoints, load, verify
 from ray_ckpt.errors import CheckpointError, DamagedError, NoCheckpointError, StorageError, UsageError
 from ray_ckpt.log import list_pins
+from ray_ckpt.log.records import record_path
 from ray_ckpt.restore import StoredCheckpoint
 from ray_ckpt.storage import Store, open_store
 from ray_ckpt.types import METADATA_KEY
@@ -252,3 +254,28 @@ def test_two_stores_of_one_name_are_not_mixed(store: Store) -> None:
     commit(store, 1, arrays(1))
     commit(other, 2, arrays(2))
     assert [info.step for url in (store.url, other.url) for info in checkpoints(url)] == [1, 2]
+
+
+@pytest.mark.parametrize("changes", [{"step": 600}, {"prefix": "model.ckpt-400"}])
+def test_a_log_entry_that_disagrees_with_its_checkpoint_is_damage(
+    three: Store, changes: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    *older, newest = catalog.select(three, None)
+    lying = replace(newest, **changes)
+    record(three, [*older, lying])
+    text = rf"lists step {lying.step} at '{lying.prefix}', but .* says that it is step "
+    assert [report.ok for report in verify(three.url)] == [True, True, False]
+    [found] = verify(three.url, lying.step)[0].damage
+    assert re.search(text, found.text)
+    with pytest.raises(DamagedError, match=text):
+        load(three.url, lying.step)
+    assert same_bits(load(three.url)["scalar"], np.array(400))
+    assert "trying step 400 instead" in caplog.text
+
+
+def test_below_a_damaged_newest_record_all_can_be_read(three: Store, caplog: pytest.LogCaptureFixture) -> None:
+    three.put(record_path(4), b"{}")
+    assert [info.step for info in checkpoints(three.url)] == [300, 400, 500]
+    assert same_bits(load(three.url)["scalar"], np.array(500))
+    assert all(report.ok for report in verify(three.url))
+    assert "reading record 3 instead" in caplog.text
