@@ -199,12 +199,19 @@ def _link(source: str, target: str, folder: int | None = None) -> None:
     try:
         os.link(source, target, src_dir_fd=folder)
     except OSError as error:
-        if error.errno in _NO_LINKS:
-            raise UnsafeStoreError(
-                f"the file system of {os.path.dirname(target)} has no hard links ({error.strerror}), so"
-                " nothing can be created exclusively there: choose another directory"
+        if error.errno not in _NO_LINKS:
+            raise
+        directory = os.path.dirname(target)
+        if error.errno == errno.EPERM and not os.access(directory, os.W_OK | os.X_OK):
+            raise PermissionError(
+                errno.EACCES, "no permission to write, or the directory is immutable", directory
             ) from error
-        raise
+        # The kernel says EPERM for an append-only directory as well.
+        also = " or forbids them here (lsattr tells)" if error.errno == errno.EPERM else ""
+        raise UnsafeStoreError(
+            f"the file system of {directory} has no hard links{also} ({error.strerror}), so nothing can be created"
+            " exclusively there: choose another directory"
+        ) from error
 
 
 def _digest(data: bytes) -> str:

@@ -187,7 +187,12 @@ def test_a_file_system_without_hard_links_is_unsafe(store: Store, monkeypatch: p
         raise OSError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr(os, "link", refuse)
-    with pytest.raises(UnsafeStoreError, match="has no hard links"):
+    with pytest.raises(UnsafeStoreError, match="has no hard links or forbids them here"):
         store.check()
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(StorageError, match=r"not permitted: give this user.*immutable") as caught:
+        store.check()
+    assert not isinstance(caught.value, UnsafeStoreError)
+    assert "hard links" not in str(caught.value)
     monkeypatch.undo()
     assert store.list("") == []

@@ -55,10 +55,18 @@ def test_relative_paths_and_path_objects(tmp_path: Path, monkeypatch: pytest.Mon
         ("s3:///", "no bucket"),
         ("file://relative/path", "no absolute path"),
         ("simplecache::gs://b/x", "chains file systems"),
+        ("gs:/bucket/run", r"did you mean gs://bucket/run\?"),
+        ("s3:bucket/run", r"did you mean s3://bucket/run\?"),
+        ("GCS:/b", r"did you mean GCS://b\?"),
+        ("file:/a/b", r"did you mean file:///a/b\?"),
+        ("memory:", r"did you mean memory://\.\.\.\?"),
+        (None, "path or a URL .*found None"),
+        (5, "path or a URL .*found 5"),
+        (b"/x", "path or a URL .*found b'/x'"),
         ("nonsense://x", r"unknown scheme nonsense://: expected one of file://, memory://, gs://, s3://"),
     ],
 )
-def test_what_is_no_directory_is_refused(written: str, why: str) -> None:
+def test_what_is_no_directory_is_refused(written: Any, why: str) -> None:
     with pytest.raises(UsageError, match=why):
         open_store(written)
 
@@ -67,6 +75,15 @@ def test_credentials_in_a_url_are_refused_and_not_shown() -> None:
     with pytest.raises(UsageError, match="storage_options") as caught:
         open_store("s3://AKIA:hunter2@bucket/run")
     assert "hunter2" not in str(caught.value)
+    with pytest.raises(UsageError, match="did you mean s3://") as caught:
+        open_store("s3:/AKIA:hunter2@bucket/run")
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_colon_may_be_in_a_local_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert open_store("./gs:/x").url == f"file://{tmp_path}/gs:/x"
+    assert open_store("run:5/x").url == f"file://{tmp_path}/run:5/x"
 
 
 def test_other_file_systems_need_a_promise() -> None:
