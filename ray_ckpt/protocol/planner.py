@@ -67,16 +67,21 @@ class Planner:
                 del self._plans[old]
         return plan
 
-    @staticmethod
-    def _all_there(reports: dict[int, WorkerReport], sealed: Callable[[int, int], bool]) -> bool:
-        """Whether every rank has come to the step at which some wait for a plan: its layout is the one it saves.
+    def _all_there(self, reports: dict[int, WorkerReport], sealed: Callable[[int, int], bool]) -> bool:
+        """Whether every rank has come to the step at which some wait for a new plan.
 
-        A rank that has just arrived there may be about to register a new layout as well.
+        A rank that has just arrived there may be about to register a new layout as well; one that waits although the
+        present plan is for its layout is about to hear of it, and may then change once more.
         """
-        step = min((r.waiting_step for r in reports.values() if r.waiting_step is not None), default=None)
-        if step is None:
+        asking = {
+            rank: r.waiting_step
+            for rank, r in reports.items()
+            if r.waiting_step is not None and r.fingerprint != self.fingerprints[rank]
+        }
+        if not asking:
             return False
-        return all(r.waiting_step is not None or r.step > step or sealed(rank, step) for rank, r in reports.items())
+        step = max(asking.values())
+        return all(rank in asking or r.step > step or sealed(rank, step) for rank, r in reports.items())
 
 
 def replica_mismatch(segments: dict[int, SegmentInfo]) -> str | None:
