@@ -58,9 +58,9 @@ def test_while_a_process_fills_it_no_other_can(segment: Segment, filler: subproc
 def test_what_a_killed_process_was_filling_is_emptied(segment: Segment, filler: subprocess.Popen[str]) -> None:
     filler.kill()
     filler.wait(60)
-    assert segment.state is SegmentState.FILLING
+    assert segment.state == SegmentState.FILLING
     assert segment.empty_if_abandoned()
-    assert segment.state is SegmentState.EMPTY
+    assert segment.state == SegmentState.EMPTY
     assert not segment.empty_if_abandoned()
 
 
