@@ -26,11 +26,11 @@ from ray_ckpt.checkpointer.settings import (
     whole_step,
 )
 from ray_ckpt.coordinator import find, run_id
-from ray_ckpt.errors import RayCkptError, SaveError, UsageError
+from ray_ckpt.errors import NoCheckpointError, RayCkptError, SaveError, UsageError
 from ray_ckpt.protocol.messages import JobConfig, Overlap, Proposal, RestoreWish, RunStatus, SaveOutcome, Trigger
 from ray_ckpt.protocol.worker import Due
 from ray_ckpt.storage import open_store
-from ray_ckpt.target import is_function, restore_state
+from ray_ckpt.target import Rename, is_abstract, is_function, restore_state
 
 logger = logging.getLogger(__name__)
 
@@ -155,14 +155,15 @@ class Checkpointer:
         *,
         missing: Literal["init", "error"] = "init",
         partial: bool = False,
-        **options: Any,
+        rename: Rename | None = None,
+        cast: bool = False,
     ) -> Any:
         """The state of the newest checkpoint (or of ``step``), sharded as ``like`` is, on all workers the same one.
 
         ``like``: a state, an abstract one (shapes, dtypes, shardings) or a function that makes a fresh state; that
-        one runs only if there is no checkpoint. ``missing="error"`` raises then. ``partial`` and further options
-        go to `target.restore_state` (``rename``, ``cast``). After an explicit older ``step``, newer checkpoints are
-        superseded: never the default again, and the first to be deleted.
+        one runs only if there is no checkpoint. ``missing="error"`` raises then. ``partial``, ``rename`` and ``cast``:
+        see `target.restore_state`. After an explicit older ``step``, newer checkpoints are superseded: never the
+        default again, and the first to be deleted.
 
         Raises:
             UsageError: called twice, or after the first step.
@@ -177,13 +178,21 @@ class Checkpointer:
         wish = RestoreWish("newest") if step is None else RestoreWish("step", step)
 
         def read(stored: Any) -> Any:
-            return restore_state(stored, like, rank=self.rank, world_size=self.world_size, partial=partial, **options)
+            rank, world_size = self.rank, self.world_size
+            return restore_state(
+                stored, like, rank=rank, world_size=world_size, partial=partial, rename=rename, cast=cast
+            )
 
         found, state = restoring.restore(self._link, self._store, wish, read, self._start_timeout_s)
         if found is None:
             if missing == "error":
                 raise restoring.nothing_found(self.url)
-            state = like() if is_function(like) else like
+            state = _resolve(like)
+            if is_abstract(state):
+                what = "None" if state is None else "abstract"
+                raise NoCheckpointError(
+                    f"no checkpoint in {self.url}, and `like` is {what}: pass a function that makes a fresh state"
+                )
         self._saver.register(state)
         self._ready = True
         return state

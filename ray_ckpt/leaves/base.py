@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ray_ckpt.bundle import dtype_of
-from ray_ckpt.errors import StateError
+from ray_ckpt.errors import StateError, UsageError
 from ray_ckpt.types import Box, LeafSpec, Shape
 
 Array = NDArray[Any]
@@ -19,6 +19,8 @@ Parts = list[tuple[Box, Array]]
 """Host arrays and the boxes of the global array that they fill; together one wanted box."""
 
 OnResize = Literal["error", "first", "init"] | Callable[..., Any]
+
+ON_RESIZE = ("error", "first", "init")
 
 PER_WORKER_PREFIX = "per_worker:"
 SLICE_PREFIX = "slice:"
@@ -30,11 +32,24 @@ class Slice:
 
     ``array`` has the rectangle's shape; ``offset`` is its first index in an array of ``global_shape``. Ranks
     that pass the same rectangle are replicas.
+
+    Raises `UsageError` for a negative offset or extent, or for numbers of dimensions that differ.
     """
 
     array: Any
     global_shape: Shape
     offset: Shape
+
+    def __post_init__(self) -> None:
+        extents, offset = tuple(self.global_shape), tuple(self.offset)
+        shape = getattr(self.array, "shape", None)
+        ranks = {len(extents), len(offset), *([len(shape)] if isinstance(shape, tuple) else [])}
+        if len(ranks) > 1 or min((*extents, *offset), default=0) < 0:
+            held = f" for an array of shape {shape}" if isinstance(shape, tuple) else ""
+            raise UsageError(
+                "Slice(array, global_shape, offset) needs one index >= 0 for each dimension, found"
+                f" global_shape={extents} and offset={offset}{held}"
+            )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,10 +59,19 @@ class PerWorker:
     ``on_resize`` says what a restore on another number of workers does: "error" raises, "first" gives
     everybody rank 0's value, "init" keeps the target's own value; a callable gets the list of all saved
     values with the new rank and world size, and returns the value.
+
+    Raises `UsageError` for any other ``on_resize``.
     """
 
     value: Any
     on_resize: OnResize = "error"
+
+    def __post_init__(self) -> None:
+        rule: object = self.on_resize
+        if not callable(rule) and not (isinstance(rule, str) and rule in ON_RESIZE):
+            raise UsageError(
+                f"PerWorker(value, on_resize) takes {', '.join(map(repr, ON_RESIZE))} or a function, found {rule!r}"
+            )
 
 
 class Form(NamedTuple):

@@ -12,7 +12,7 @@ from typing import Any
 from ray_ckpt.errors import StateError
 from ray_ckpt.leaves import PerWorker, Slice
 from ray_ckpt.restore import StoredCheckpoint
-from ray_ckpt.target.match import bare
+from ray_ckpt.target.match import bare, is_placeholder
 from ray_ckpt.target.structure import StoredNames, foreign_containers, leaf_names, stored_tree
 from ray_ckpt.tree import flatten, unflatten
 
@@ -24,6 +24,11 @@ _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, f
 def is_function(like: Any) -> bool:
     """True for what makes a state: jitted and otherwise wrapped functions too, containers that can be called not."""
     return isinstance(like, _FUNCTIONS) or (callable(like) and hasattr(like, "__wrapped__"))
+
+
+def is_abstract(like: Any) -> bool:
+    """True for what only says what a state would be: None, or a state with a leaf that has no value."""
+    return like is None or any(is_placeholder(leaf) for _, leaf in flatten(like).leaves)
 
 
 def why_not_containers(stored: StoredCheckpoint, rank: int, world_size: int) -> str:

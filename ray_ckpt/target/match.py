@@ -192,10 +192,12 @@ def bare(like: Any) -> Any:
 
 
 def has_value(like: Any) -> bool:
-    """False for an abstract leaf, which only says what it would be, and for a donated array."""
+    """False for an abstract leaf and for a donated array."""
     value = bare(like)
-    if type(value).__name__ == "ShapeDtypeStruct":
-        return False
-    if getattr(value, "is_meta", False):
-        return False
-    return not (hasattr(value, "is_deleted") and value.is_deleted())
+    return not is_placeholder(value) and not (hasattr(value, "is_deleted") and value.is_deleted())
+
+
+def is_placeholder(like: Any) -> bool:
+    """True for an abstract leaf, which only says what it would be."""
+    value = bare(like)
+    return type(value).__name__ == "ShapeDtypeStruct" or bool(getattr(value, "is_meta", False))

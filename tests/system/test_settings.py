@@ -64,10 +64,12 @@ def test_wrong_settings(tmp_path: Path, settings: dict[str, Any], text: str) -> 
         ("nope://bucket/run", UsageError, "unknown scheme nope://"),
         ("memory://run", UsageError, r"memory://run lives in the memory of one process"),
         ("github://a:b@/x", (UnsafeStoreError, UsageError), "github"),
+        (None, UsageError, "must be a path or a URL .*found None"),
+        ("gs:/bucket/run", UsageError, "did you mean gs://bucket/run"),
         ("", UsageError, "the checkpoint directory is an empty string"),
     ],
 )
-def test_wrong_places(url: str, kind: type[RayCkptError], text: str) -> None:
+def test_wrong_places(url: Any, kind: type[RayCkptError], text: str) -> None:
     with pytest.raises(kind, match=text):
         ray_ckpt.Checkpointer(url)
 
@@ -96,3 +98,8 @@ def test_neither_cadence_is_fine_until_ray_is_needed(tmp_path: Path) -> None:
 def test_rank_and_size_without_any_framework() -> None:
     assert who_am_i(None, None) == (0, 1)
     assert who_am_i(3, 4) == (3, 4)
+
+
+def test_a_misspelt_option_of_restore() -> None:
+    with pytest.raises(TypeError, match="castt"):
+        ray_ckpt.Checkpointer.restore(None, castt=True)  # type: ignore[call-arg, arg-type]

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 from ray.exceptions import RayTaskError
 
@@ -26,6 +27,7 @@ from tests.restore.make import flip
 from tests.system import states
 from tests.system.job import Job, get
 from tests.system.waiting import eventually
+from tests.system.worker import Worker
 
 pytestmark = pytest.mark.xdist_group("ray")
 
@@ -140,6 +142,24 @@ def test_nothing_to_restore(make_job: Callable[..., Job]) -> None:
     job = make_job().start(1)
     with pytest.raises(NoCheckpointError, match=r"no checkpoint in .*run"):
         job.on(0, "restore", states.small, None, missing="error")
+
+
+def restore_without_values(worker: Worker) -> list[str]:
+    import jax
+
+    texts: list[str] = []
+    for like in (None, {"w": jax.ShapeDtypeStruct((2,), np.float32)}):
+        with ray_ckpt.Checkpointer(f"{worker.ckpt.url}-{len(texts)}", rank=0, world_size=1) as ckpt:
+            with pytest.raises(NoCheckpointError) as caught:
+                ckpt.restore(like)
+            texts.append(str(caught.value))
+    return texts
+
+
+def test_an_abstract_target_needs_a_checkpoint(make_job: Callable[..., Job]) -> None:
+    job = make_job().start(1)
+    for text, what in zip(job.on(0, "do", restore_without_values), ("None", "abstract"), strict=True):
+        assert re.search(rf"no checkpoint in file://.*, and `like` is {what}: pass a function", text)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import pytest
 
 from ray_ckpt.errors import MismatchError, StateError
 from ray_ckpt.leaves import PerWorker, Slice
+from ray_ckpt.target import is_abstract
 
 from .saving import restore, save
 
@@ -68,6 +69,14 @@ def test_slices_of_ranks_into_a_sharded_array() -> None:
     check(got["w"], W, sharding("turned"))
     part = restore(stored, {"w": Slice(jax.ShapeDtypeStruct((8, 3), W.dtype), (8, 8), (0, 4))})["w"]
     np.testing.assert_array_equal(part.array, W[:, 4:7])
+
+
+def test_an_abstract_state_is_told_from_one_with_values() -> None:
+    leaf = jax.ShapeDtypeStruct((2,), np.float32)
+    for abstract in (None, leaf, {"a": [1, leaf]}, {"a": PerWorker(leaf)}, Slice(leaf, (4,), (0,))):
+        assert is_abstract(abstract)
+    for state in ({}, {"a": jnp.zeros(2), "b": PerWorker(1), "c": None}, [Slice(np.zeros(2), (4,), (0,))]):
+        assert not is_abstract(state)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn", "int4", "bool", "complex64", "uint32"])
