@@ -20,6 +20,7 @@ from rich.progress import (
 from ray_ckpt import catalog
 from ray_ckpt.cli.options import Json, Step, StorageOptions, Url, parse_storage_options
 from ray_ckpt.cli.output import print_json, print_table, size, stdout
+from ray_ckpt.storage import locate
 
 
 def verify(
@@ -33,7 +34,8 @@ def verify(
     with _progress() as progress:
         reports = catalog.verify(url, step, storage_options=options, progress=progress)
     if as_json:
-        print_json({"url": url, "ok": all(report.ok for report in reports), "checkpoints": _documents(reports)})
+        is_ok = all(report.ok for report in reports)
+        print_json({"url": locate(url).url, "ok": is_ok, "checkpoints": _documents(reports)})
     else:
         columns = (">step", "result", ">tensors", ">size", ">seconds", "prefix")
         print_table(url, columns, map(_row, reports))

@@ -76,15 +76,17 @@ def find(url: str) -> Any:
         ) from None
 
 
-def request_save(url: str, reason: str, timeout_s: float) -> int:
+def request_save(url: str, reason: str, timeout_s: float, address: str | None = None) -> int:
     """Ask the job that saves to this directory for a save; the step that was committed.
+
+    ``address``: the Ray cluster's, as `ray.init` takes it; None: that of RAY_ADDRESS or of this machine's own head.
 
     Raises:
         UsageError: no such job in this Ray cluster.
         SaveError: the save failed.
         UnavailableError: no save was committed within ``timeout_s``.
     """
-    _connect()
+    _connect(address)
     request_id = uuid.uuid4().hex
     deadline = time.monotonic() + timeout_s
     while (left := deadline - time.monotonic()) > 0:
@@ -133,14 +135,16 @@ def _ask(url: str, timeout_s: float, method: str, *arguments: Any) -> Any:
         ) from error
 
 
-def _connect() -> None:
-    """Connect to the cluster of RAY_ADDRESS or of this machine's own head. Raises `UsageError` if there is none."""
+def _connect(address: str | None = None) -> None:
+    """Connect to a cluster, as `request_save` says, unless this process is in one. Raises `UsageError` without one."""
     if ray.is_initialized():
         return
     try:
-        ray.init(address="auto", namespace=NAMESPACE, logging_level=logging.WARNING, log_to_driver=False)
+        ray.init(address=address or "auto", namespace=NAMESPACE, logging_level=logging.WARNING, log_to_driver=False)
     except ConnectionError as error:
-        raise UsageError(f"no Ray cluster to ask ({error}): run this on one of its nodes, or set RAY_ADDRESS") from None
+        raise UsageError(
+            f"no Ray cluster to ask ({error}): run this on one of its nodes, or name it (--address, RAY_ADDRESS)"
+        ) from None
 
 
 def _what_it_waits_for(url: str) -> str:

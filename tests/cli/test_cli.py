@@ -72,6 +72,7 @@ def test_ls_of_nothing(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["ls", str(tmp_path)])
     assert (result.exit_code, result.stdout) == (0, "")
     assert f"no checkpoint in {tmp_path}" in result.stderr
+    assert "None at all is no error here" in run("ls", "--help")
 
 
 def test_show(store: Store) -> None:
@@ -173,8 +174,27 @@ def test_save_asks_the_running_job(monkeypatch: pytest.MonkeyPatch) -> None:
         "url": "gs://b/run",
         "step": 1234,
     }
-    assert asked == [("gs://b/run", "before maintenance", 5.0)]
-    assert "step 1234 is saved" in run("save", "gs://b/run")
+    assert "step 1234 is saved" in run("save", "gs://b/run", "--address", "10.0.0.1:6379")
+    assert asked == [
+        ("gs://b/run", "before maintenance", 5.0, None),
+        ("gs://b/run", "ray-ckpt save", 600.0, "10.0.0.1:6379"),
+    ]
+
+
+def test_the_address_reaches_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**options: Any) -> None:
+        raise ConnectionError(f"asked {options['address']}")
+
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", refuse)
+    assert "no Ray cluster to ask (asked 10.0.0.1:6379)" in error_of("save", "gs://b/run", "--address", "10.0.0.1:6379")
+    assert "no Ray cluster to ask (asked auto)" in error_of("save", "gs://b/run")
+
+
+def test_json_has_the_canonical_url(store: Store) -> None:
+    written = store.url.replace("://", ":///", 1) if store.url.startswith("memory") else store.url + "/x/.."
+    for command in ("ls", "show", "verify"):
+        assert run_json(command, written)["url"] == store.url
 
 
 def test_save_without_a_job_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
