@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import operator
+import os
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import ray
 
@@ -27,6 +28,12 @@ class Timeouts:
     host_s: float = 30.0
 
 
+START_VARIABLE = "RAY_CKPT_START"
+"""A text that all workers of one start of the job share and that rises from start to start, a time for one.
+
+Optional: with it, a process of an older start that was never told to go cannot be taken for a rank of a newer one.
+"""
+
 DEFAULT_TIMEOUTS = Timeouts()
 
 _COUNTS = "world_size save_steps stride slots max_tries max_failures max_to_keep keep_every_steps"
@@ -44,7 +51,7 @@ _ARGUMENTS = {
 
 
 def checked(config: JobConfig) -> JobConfig:
-    """The settings themselves.
+    """The settings themselves, with the start of the job from the environment.
 
     Raises:
         UsageError: names the setting, what was expected and what was found.
@@ -59,7 +66,7 @@ def checked(config: JobConfig) -> JobConfig:
         raise UsageError(f"overlap must be one of {', '.join(_OVERLAPS)}, found {config.overlap!r}")
     if not config.delete_grace_s >= 0:
         raise UsageError(f"delete_grace_s must not be negative, found {config.delete_grace_s!r}")
-    return config
+    return replace(config, start=os.environ.get(START_VARIABLE, ""))
 
 
 def check_positive(name: str, value: object, *, whole: bool) -> None:

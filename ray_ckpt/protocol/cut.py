@@ -58,16 +58,17 @@ class Cut:
     ) -> None:
         """Take in the members' newest reports after an event; ``gone`` are ranks that have died or left.
 
-        A save needs every rank; a stop concerns those that still step.
+        A save, and a stop with one, needs every rank; a stop with an error is for those that still step.
         """
         self._take_requests(reports)
         self._adopt(reports)
         for proposal in [p for p in self.proposals.values() if p.state == "open"]:
-            self._tally(proposal, world_size - (len(gone) if proposal.kind == "stop" else 0), reports, gone)
+            self._tally(proposal, world_size, reports, gone if proposal.error is not None else frozenset())
         self._answer_requests(generation, reports, self._is_over(config, world_size, reports))
         stepping = {rank: r for rank, r in reports.items() if rank not in gone}
         complete = len(reports) == world_size and all(r.started for r in reports.values())
-        if complete and stepping and (not gone or self.stop is not None):
+        failing = self.stop is not None and self.stop.error is not None
+        if complete and stepping and (not gone or failing):
             self._propose(config, stepping)
 
     def _take_requests(self, reports: Reports) -> None:
@@ -90,8 +91,8 @@ class Cut:
                 elif held.state == "decided" and self.proposals[held.id].state == "open":
                     self._decide(self.proposals[held.id])
 
-    def _tally(self, proposal: Proposal, needed: int, reports: Reports, gone: frozenset[int]) -> None:
-        asked = [r for rank, r in reports.items() if proposal.kind == "save" or rank not in gone]
+    def _tally(self, proposal: Proposal, world_size: int, reports: Reports, gone: frozenset[int]) -> None:
+        asked = [r for rank, r in reports.items() if rank not in gone]
         accepted = sum(any(p.id == proposal.id for p in r.accepted) for r in asked)
         late = [r for r in asked if proposal.id in r.refused]
         if late:
@@ -100,7 +101,7 @@ class Cut:
             missed = max(behind, 0) // max(stride, 1) + 1
             self._margin = min(2 * max(self._margin, missed), _MARGIN_MAX)
             self._drop(proposal)
-        elif asked and accepted >= needed:
+        elif asked and accepted >= world_size - len(gone):
             self._decide(proposal)
         elif self._ledger.now > self._opened[proposal.id] + _OPEN_MAX_S:
             self._drop(proposal)

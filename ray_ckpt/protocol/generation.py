@@ -116,6 +116,9 @@ class Generations:
         forming = self.forming
         if forming is not None and forming.members.get(report.rank) == report.worker:
             return
+        if self.config is not None and report.config.start < self.config.start:
+            self._refuse(report.worker, f"start {report.config.start} of the job is over: now is {self.config.start}")
+            return
         newcomer = report.worker not in self._known
         self._known.add(report.worker)
         if forming is not None and forming.failed is not None:
@@ -125,10 +128,11 @@ class Generations:
         if forming is None:
             forming = self.forming = Forming(report.config)
         if report.config != forming.config:
-            if not newcomer:
+            mine, theirs = report.config.start, forming.config.start
+            if mine < theirs or (mine == theirs and not newcomer):
                 self._refuse(report.worker, _disagreement(report.rank, report.config, forming.config))
                 return
-            dispute = _disagreement(min(forming.members), forming.config, report.config)
+            dispute = _disagreement(min(forming.members), forming.config, report.config) if mine == theirs else ""
             for rank, worker in forming.members.items():
                 self._refuse(worker, _disagreement(rank, forming.config, report.config))
             forming = self.forming = Forming(report.config, dispute=dispute, opened=self._ledger.now)

@@ -22,8 +22,10 @@ class JobConfig:
 
     ``save_steps`` / ``save_secs``: the cadence, at most one of them. ``overlap``: what to do when a save is
     due and no snapshot memory is free. ``max_failures``: failed saves in a row before the job stops.
-    ``*_timeout_s``: deadlines; every wait in the protocol has one. ``delete_grace_s``: how long the data of a
-    deleted checkpoint outlives its index, for readers without a pin.
+    ``start``: what tells this start of the job from others, rising from start to start where it is given: then a
+    process of an older start that was never told to go is not taken for a rank of this one. ``*_timeout_s``:
+    deadlines; every wait in the protocol has one. ``delete_grace_s``: how long the data of a deleted checkpoint
+    outlives its index, for readers without a pin.
     """
 
     world_size: int
@@ -42,6 +44,7 @@ class JobConfig:
     host_timeout_s: float = 30.0
     delete_grace_s: float = DELETE_GRACE_S
     fresh: bool = False
+    start: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,7 +82,7 @@ def vote_for_a_step_that_was_reached(monkeypatch: pytest.MonkeyPatch) -> None:
 def decide_a_step_that_one_rank_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     original = Cut._tally
 
-    def tally(self: Cut, proposal: Any, needed: int, reports: Any, gone: Any) -> None:
+    def tally(self: Cut, proposal: Any, world_size: int, reports: Any, gone: Any) -> None:
         original(self, proposal, 1, reports, gone)
 
     monkeypatch.setattr(Cut, "_tally", tally)

@@ -68,6 +68,7 @@ class Scenario:
             settle_timeout_s=6.0,
             host_timeout_s=4.0,
             delete_grace_s=GRACE_S,
+            start=f"{start:03d}",
         )
 
     def wish(self, start: int) -> RestoreWish:
