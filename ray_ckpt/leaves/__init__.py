@@ -5,7 +5,8 @@ process has imported it already.
 
 The kind of a leaf, as stored: "numpy", "numpy:scalar", "numpy:str", "numpy:bytes", "jax", "jax:global" (spans
 processes), "jax:key:<implementation>", "tf", "tf:variable", "torch", or a Python type's name; before it
-"per_worker:" or "slice:" for a leaf that was marked so.
+"per_worker:" or "slice:" for a leaf that was marked so, "per_worker:first:" or "per_worker:init:" with that
+``on_resize``.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from ray_ckpt.leaves.base import (
     Slice,
     Wanted,
     assemble,
+    per_worker_kind,
     sole,
+    split_per_worker,
     unsupported,
     whole,
 )
@@ -65,7 +68,7 @@ def describe(name: str, value: Any, rank: int, world_size: int) -> LeafSpec:
             inner.dtype,
             inner.shape,
             inner.boxes,
-            PER_WORKER_PREFIX + inner.kind,
+            per_worker_kind(inner.kind, value.on_resize),
         )
     return LeafSpec(name, *_describe(name, value))
 
@@ -125,14 +128,15 @@ def build(kind: str, like: Any, pieces: Mapping[Box, Array]) -> Any:
     framework this process has not imported gives a numpy array. The arrays may become part of the result.
     """
     if isinstance(like, PerWorker):
-        return replace(like, value=build(kind.removeprefix(PER_WORKER_PREFIX), like.value, pieces))
+        return replace(like, value=build(split_per_worker(kind)[1], like.value, pieces))
     if isinstance(like, Slice):
         array = sole(pieces)
         return replace(like, array=build(kind, like.array, dict.fromkeys(whole(array.shape), array)))
     if like is not None:
         return _kind_of("", like).build(kind, like, pieces)
     if kind.startswith(PER_WORKER_PREFIX):
-        return PerWorker(build(kind.removeprefix(PER_WORKER_PREFIX), None, pieces))
+        rule, inner = split_per_worker(kind)
+        return PerWorker(build(inner, None, pieces), rule)
     bare = kind.removeprefix(SLICE_PREFIX)
     return _KIND_BY_NAME.get(bare.split(":")[0], cast(Kind, python_leaf)).build(bare, None, pieces)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,6 +72,20 @@ class PerWorker:
             raise UsageError(
                 f"PerWorker(value, on_resize) takes {', '.join(map(repr, ON_RESIZE))} or a function, found {rule!r}"
             )
+
+
+def per_worker_kind(inner: str, rule: OnResize) -> str:
+    """The stored kind of a `PerWorker` leaf, with its rule; without one for "error" and for a function."""
+    return f"{PER_WORKER_PREFIX}{rule}:{inner}" if rule in ("first", "init") else PER_WORKER_PREFIX + inner
+
+
+def split_per_worker(kind: str) -> tuple[OnResize, str]:
+    """The stored rule and the kind inside the marker."""
+    bare = kind.removeprefix(PER_WORKER_PREFIX)
+    for rule in ("first", "init"):
+        if bare.startswith(f"{rule}:"):
+            return cast(OnResize, rule), bare.removeprefix(f"{rule}:")
+    return "error", bare
 
 
 class Form(NamedTuple):

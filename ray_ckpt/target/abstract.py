@@ -12,7 +12,7 @@ from typing import Any
 from ray_ckpt.errors import StateError
 from ray_ckpt.leaves import PerWorker, Slice
 from ray_ckpt.restore import StoredCheckpoint
-from ray_ckpt.target.match import bare, is_placeholder
+from ray_ckpt.target.match import bare, is_placeholder, stored_rule
 from ray_ckpt.target.structure import StoredNames, foreign_containers, leaf_names, stored_tree
 from ray_ckpt.tree import flatten, unflatten
 
@@ -79,7 +79,12 @@ def _why_not_leaves(stored: StoredCheckpoint, rank: int, world_size: int) -> str
         return ""
     per_worker = StoredNames.of(stored).per_worker
     for name in leaf_names(tree):
-        own = per_worker.get(name, {(rank, world_size): name}).get((rank, world_size))
+        tensors = per_worker.get(name, {(rank, world_size): name})
+        own = tensors.get((rank, world_size))
+        first = tensors[min(tensors)]
+        # With JAX the function itself is asked, since its rule may be another one than was saved.
+        if own is None and "jax" not in sys.modules and stored_rule(stored, first) == "first":
+            own = first
         if own is None:
             return f"holds {name}, a value of each of {metadata.world_size} workers, not {world_size}"
         kind = metadata.kind(own)

@@ -12,6 +12,7 @@ import numpy as np
 from ray_ckpt.bundle import STRING, StoredTensor, dtype_of
 from ray_ckpt.errors import StateError
 from ray_ckpt.leaves import PerWorker, Slice, Wanted, wanted
+from ray_ckpt.leaves.base import split_per_worker
 from ray_ckpt.restore import StoredCheckpoint
 from ray_ckpt.target.differences import CASTABLE, Differences, form
 from ray_ckpt.target.structure import StoredNames, expected_names
@@ -99,12 +100,16 @@ class Matcher:
 
     def _resize(self, name: str, tensors: Mapping[tuple[int, int], str], like: Any) -> None:
         """The values of another number of workers."""
-        rule = "error" if like is None else like.on_resize
         in_order = [tensors[at] for at in sorted(tensors)]
+        rule = stored_rule(self.stored, in_order[0]) if like is None else like.on_resize
         if rule == "first":
             self._add(name, like, [self._source(name, in_order[0], like)])
         elif rule == "init":
-            self._keep(name, like, 'on_resize="init" needs the value itself')
+            why_not = 'on_resize="init" needs the value itself'
+            if like is None:
+                self.differences.valueless[name] = why_not
+            else:
+                self._keep(name, like, why_not)
         elif callable(rule):
             # The values are whole and may be of any shape: only the rule knows what they mean together.
             sources = [self._source(name, tensor, None) for tensor in in_order]
@@ -164,6 +169,11 @@ class Matcher:
             detail += CASTABLE
         self.differences.changed[name] = detail
         return None
+
+
+def stored_rule(stored: StoredCheckpoint, tensor: str) -> Any:
+    """The ``on_resize`` that a `PerWorker` leaf was saved with; a function counts as "error"."""
+    return split_per_worker(stored.metadata.kind(tensor))[0] if stored.metadata else "error"
 
 
 def _resized(like: PerWorker, rank: int, world_size: int, values: list[Any]) -> PerWorker:

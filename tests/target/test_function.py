@@ -85,6 +85,8 @@ for state, world_size in (({"p": Pair(1, 2)}, 1), ({"s": whole}, 1), ({"n": PerW
         restore(save([state]), lambda: state, 0, world_size)
     except StateError as error:
         print(error)
+got = restore(save([{"n": PerWorker(7, "first")}]), lambda: 1 / 0, 1, 2)["n"]
+assert (got.value, got.on_resize) == (7, "first")
 assert "jax" not in sys.modules
 """
 

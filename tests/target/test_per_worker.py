@@ -50,6 +50,16 @@ def test_the_first_or_the_new_value() -> None:
     assert values(restore(stored, state(9, "init"), 3, 4)) == (90, [9, 9], "worker 9")
 
 
+def test_without_a_target_the_saved_rule_counts() -> None:
+    got = restore(save([{"n": PerWorker(rank + 7, "first")} for rank in range(2)]), None, 2, 3)["n"]
+    assert (got.value, got.on_resize) == (7, "first")
+    assert restore(save([{"n": PerWorker(7, "init")}]), None, 0, 1)["n"].on_resize == "init"
+    with pytest.raises(MismatchError, match=r'n: on_resize="init" needs the value itself'):
+        restore(save([{"n": PerWorker(7, "init")}]), None, 1, 2)
+    with pytest.raises(MismatchError, match="n: each of 1 workers saved its own value, expected 2"):
+        restore(save([{"n": PerWorker(7, lambda *_: 1)}]), None, 1, 2)
+
+
 def test_a_rule_gets_all_values_in_order() -> None:
     stored = save([state(rank, size=rank + 1) for rank in range(12)])
     calls = []
