@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,15 @@ import ray
 from ray.cluster_utils import Cluster
 from tenacity import Retrying, stop_after_attempt
 
+from ray_ckpt.coordinator import run_id
+from ray_ckpt.snapshot import default_folder
 from tests.system.job import Crew, Job
 
 ROOT = Path(__file__).parents[2]
 HOSTS = 4
 _STORE_NBYTES = 80_000_000
+RUNS: set[str] = set()
+"""Ids of all runs that tests have made."""
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +37,10 @@ def ray_cluster(short_tmp: Path) -> Iterator[Cluster]:
     yield cluster
     ray.shutdown()
     cluster.shutdown()
+    for run in RUNS:
+        # The agents died with their hosts, before they could give the memory back.
+        for folder in default_folder(run).parent.glob(f"{run}*"):
+            shutil.rmtree(folder)
 
 
 def _start() -> Cluster:
@@ -63,6 +72,7 @@ def make_job(crew: Crew, tmp_path: Path) -> Iterator[Any]:
 
     def make(path: Path | None = None, **settings: Any) -> Job:
         jobs.append(Job(crew, path or tmp_path / "run", settings))
+        RUNS.add(run_id(jobs[-1].url))
         return jobs[-1]
 
     yield make
