@@ -19,6 +19,7 @@ os.environ.update(
     RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
     RAY_DEDUP_LOGS="0",
     RAY_USAGE_STATS_ENABLED="0",
+    XLA_FLAGS="--xla_force_host_platform_device_count=8",
 )
 
 import pytest
