@@ -83,8 +83,6 @@ def test_seconds_cadence_at_different_speeds(make_job: Callable[..., Job]) -> No
     halt(job, refs)
     for step in job.steps():
         assert all_equal_the_step(job, step)
-    first, last = ray_ckpt.checkpoints(job.url)[:: len(job.steps()) - 1]
-    assert last.time - first.time > 0.4 * (len(job.steps()) - 1)
 
 
 def huge(rank: int, world: int, step: int) -> dict[str, Any]:
