@@ -153,10 +153,6 @@ class WorkerLogic:
         self._skipped[step] = reason
         self._waiting_step = self._due_step = None
 
-    def forget(self, step: int) -> None:
-        """Take back that ``step`` was saved, so that a forced save can follow."""
-        self.snapshots.pop(step, None)
-
     def set_layout(self, layout: Layout, waiting_step: int | None) -> None:
         """The structure of the state, new or changed; ``waiting_step`` if `step()` is held for its plan."""
         self._layout = layout
