@@ -1,0 +1,50 @@
+"""The states that are saved: the same names, shapes and bytes for every subject."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """``shapes`` are global; with ``world_size`` > 1 each rank holds an equal part of every tensor's axis 0."""
+
+    name: str
+    title: str
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    world_size: int = 1
+
+    @property
+    def nbytes(self) -> int:
+        """Of the whole state; all tensors are float32."""
+        return sum(4 * int(np.prod(shape)) for _, shape in self.shapes)
+
+    def part(self, shape: tuple[int, ...], rank: int) -> tuple[int, tuple[int, ...]]:
+        """(first row, shape) of what ``rank`` holds of a tensor."""
+        rows = shape[0] // self.world_size
+        return rank * rows, (rows, *shape[1:])
+
+    def arrays(self, rank: int = 0, seed: int = 0) -> Iterator[tuple[str, np.ndarray]]:
+        """What ``rank`` holds: random numbers that no compressor shrinks by much, as with real weights."""
+        for number, (name, shape) in enumerate(self.shapes):
+            rng = np.random.default_rng((seed, number, rank))
+            yield name, rng.random(self.part(shape, rank)[1], dtype=np.float32) - np.float32(0.5)
+
+
+def _big(count: int, shape: tuple[int, ...], small: int) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    weights = tuple((f"w{i:02d}", shape) for i in range(count))
+    return weights + tuple((f"s{i:03d}", (2048,)) for i in range(small))
+
+
+CASES = {
+    case.name: case
+    for case in (
+        Case("big", "1 GiB in 24 big and 500 small tensors", _big(24, (2720, 4096), 500)),
+        Case("small", "20,000 tensors of 1 KiB", tuple((f"t{i:05d}", (16, 16)) for i in range(20_000))),
+        Case("workers", "4 workers of 256 MiB", _big(24, (2720, 4096), 500), world_size=4),
+        Case("quick", "256 MiB in 6 big and 125 small tensors", _big(6, (2720, 4096), 125)),
+    )
+}
