@@ -114,6 +114,7 @@ class WriterRange:
 class RankPlan:
     """What one rank copies, in the order of the bytes, and how its writers share it.
 
+    Each writer's bytes start on a page of 4096 bytes; ``fixed_nbytes`` is where those of a fixed size end.
     ``writer_base`` is the global index of its first writer of ``num_writers`` in all. ``checks`` are indices of
     leaves that other ranks hold too and that this rank must digest, so that replicas can be compared.
     """

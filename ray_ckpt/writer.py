@@ -90,13 +90,13 @@ class _Shard:
         self._shard_id = shard_id
 
     def blocks(self) -> Iterator[memoryview]:
-        """All bytes in order, in views of one to two chunks; the last may be shorter."""
+        """All bytes in order, in views of one chunk, so that they stay on pages; the last may be shorter."""
         start = self.start
         for entry in self.entries:
             for stop in self._checksum(entry):
-                if stop - start >= CHUNK_NBYTES:
-                    yield self._data[start:stop]
-                    start = stop
+                while stop - start >= CHUNK_NBYTES:
+                    yield self._data[start : start + CHUNK_NBYTES]
+                    start += CHUNK_NBYTES
         if start < self.start + self.nbytes:
             yield self._data[start : self.start + self.nbytes]
 

@@ -12,7 +12,7 @@ import hashlib
 import heapq
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 
 from ray_ckpt.bundle import (
@@ -37,6 +37,7 @@ _STRING_WEIGHT = 64
 """Guess of the bytes of one string, to spread string tensors."""
 
 _MIN_PIECE_NBYTES = MIB
+_PAGE_NBYTES = 4096
 _SLACK = 0.02
 """How far above its fair share whole leaves may push a rank before one is cut instead."""
 
@@ -103,6 +104,7 @@ def make_plan(
     plan_id = _plan_id(layouts, max_writers_per_rank, min_writer_nbytes, cut_nbytes)
     copies = [_ordered_copies(layout.leaves, own) for layout, own in zip(layouts, owned, strict=True)]
     writers = [_writer_ranges(mine, max_writers_per_rank, min_writer_nbytes) for mine in copies]
+    copies = [_aligned(mine, ranges) for mine, ranges in zip(copies, writers, strict=True)]
     bases = list(accumulate(map(len, writers), initial=0))
     checks = _checks(layouts, groups, tensors)
     ranks = tuple(
@@ -113,7 +115,7 @@ def make_plan(
             writers=writers[rank],
             writer_base=bases[rank],
             num_writers=bases[-1],
-            fixed_nbytes=sum(copy.nbytes for copy in copies[rank] if copy.nbytes != VARIABLE),
+            fixed_nbytes=max((copy.start + copy.nbytes for copy in copies[rank] if copy.start != VARIABLE), default=0),
             checks=checks[group_of[rank]],
         )
         for rank in range(len(layouts))
@@ -304,6 +306,18 @@ def _writer_ranges(copies: Sequence[Copy], most: int, min_nbytes: int) -> tuple[
         cuts.add(at + 1 if over <= under else at)
     bounds = sorted(cuts)
     return tuple(WriterRange(first, stop) for first, stop in pairwise(bounds))
+
+
+def _aligned(copies: Sequence[Copy], writers: Sequence[WriterRange]) -> tuple[Copy, ...]:
+    """The copies with each writer's bytes starting on a page, so that they can go to a disk past the page cache."""
+    moved: list[Copy] = []
+    shift = 0
+    for writer in writers:
+        mine = copies[writer.first : writer.stop]
+        if mine[0].start != VARIABLE:
+            shift += -(mine[0].start + shift) % _PAGE_NBYTES
+        moved += [copy if copy.start == VARIABLE else replace(copy, start=copy.start + shift) for copy in mine]
+    return tuple(moved)
 
 
 def _checks(layouts: Sequence[Layout], groups: _Groups, tensors: dict[str, _Tensor]) -> list[tuple[int, ...]]:

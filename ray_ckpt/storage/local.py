@@ -18,6 +18,7 @@ from urllib.parse import quote
 from ray_ckpt.errors import UnsafeStoreError
 from ray_ckpt.storage.backend import Backend
 from ray_ckpt.storage.base import Listing, ObjectInfo, ObjectWriter
+from ray_ckpt.storage.direct import ALIGNMENT, WORTHWHILE_NBYTES, fits, turn_off, turn_on
 from ray_ckpt.types import PRIVATE_DIR
 
 TEMPORARY = ".ray_ckpt-tmp-"
@@ -123,7 +124,8 @@ class LocalBackend(Backend):
 class _FileWriter(ObjectWriter):
     """Writes a file without a name, which the kernel reclaims if this process dies, and names it at the end.
 
-    Where the file system knows no such files (`open(2)`, O_TMPFILE), it has a temporary name instead.
+    Where the file system knows no such files (`open(2)`, O_TMPFILE), it has a temporary name instead. The pages of
+    a large file go to the disk past the page cache, up to the first piece that does not consist of whole pages.
     """
 
     def __init__(self, target: str) -> None:
@@ -131,6 +133,7 @@ class _FileWriter(ObjectWriter):
         self._folder = os.path.dirname(target)
         self._temporary: str | None = None
         self._fd: int | None = self._open()
+        self._direct: bool | None = None  # decided by the first bytes
 
     def _open(self) -> int:
         with suppress(OSError):
@@ -147,8 +150,28 @@ class _FileWriter(ObjectWriter):
     def write(self, data: memoryview | bytes | bytearray) -> None:
         assert self._fd is not None
         view = memoryview(data)
+        if self._direct is None:
+            self._direct = len(view) >= WORTHWHILE_NBYTES and fits(view) and turn_on(self._fd)
         while view:
-            view = view[os.write(self._fd, view) :]
+            if self._direct and not fits(view):
+                self._go_through_cache()
+            view = view[self._write_some(view) :]
+
+    def _write_some(self, view: memoryview) -> int:
+        assert self._fd is not None
+        if self._direct:
+            try:
+                return os.write(self._fd, view[: len(view) // ALIGNMENT * ALIGNMENT])
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                self._go_through_cache()  # this disk wants more than we know of
+        return os.write(self._fd, view)
+
+    def _go_through_cache(self) -> None:
+        assert self._fd is not None
+        turn_off(self._fd)
+        self._direct = False
 
     def commit(self) -> None:
         self._sync()

@@ -35,7 +35,10 @@ def check(plan: Plan, layouts: list[Layout]) -> None:
     boxes: dict[str, list[Box]] = {}
     for rank, mine in zip(plan.ranks, layouts, strict=True):
         start = 0
-        for copy in rank.copies:
+        firsts = {writer.first for writer in rank.writers}
+        for index, copy in enumerate(rank.copies):
+            if index in firsts and copy.start != -1:
+                start += -start % 4096
             spec = mine.leaves[copy.leaf]
             held = spec.boxes if 0 not in spec.shape else (Box.whole(spec.shape),)
             assert any(box == copy.box or box.intersect(copy.box) == copy.box for box in held)
@@ -194,6 +197,16 @@ def test_a_rank_has_as_many_writers_as_its_bytes_deserve(mib: int, writers: int)
     plan = make_plan([layout(*(leaf(f"w{i}", (mib * 64, 256)) for i in range(16)))])
     assert plan.num_writers == writers
     assert [writer.stop - writer.first for writer in plan.ranks[0].writers] == [16 // writers] * writers
+
+
+def test_each_writer_begins_on_a_page() -> None:
+    state = layout(*(leaf(f"w{i}", (1001,), dtype="int8") for i in range(100)), leaf("s", (2,), dtype="string"))
+    plan = make_plan([state], max_writers_per_rank=3, min_writer_nbytes=1)
+    check(plan, [state])
+    (rank,) = plan.ranks
+    starts = [rank.copies[writer.first].start for writer in rank.writers]
+    assert len(starts) == 3
+    assert [start % 4096 for start in starts] == [0, 0, 0]
 
 
 def test_a_rank_that_writes_nothing_has_no_writer() -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import mmap
 import os
 import stat
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ray_ckpt.errors import StorageError, UnsafeStoreError
-from ray_ckpt.storage import Store, open_store
+from ray_ckpt.storage import Store, direct, open_store
 from ray_ckpt.storage.local import TEMPORARY
 
 
@@ -145,6 +149,84 @@ def test_both_ways_to_write_do_the_same(store: Store, tmp_path: Path, temporary:
     writer.abort()
     assert (store.read("a"), store.read("b")) == (b"new", b"mine")
     assert sorted(os.listdir(tmp_path / "a" / "run")) == ["a", "b"]
+
+
+MIB = 1 << 20
+
+
+class Pages:
+    """Bytes that start on a page, cut into pieces as a test likes; and which of them passed the page cache by."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, nbytes: int, *, refuse: bool = False) -> None:
+        self.memory = mmap.mmap(-1, nbytes)
+        self.memory[:] = np.random.default_rng(0).bytes(nbytes)
+        self.direct: list[bool] = []
+        self._refuse = refuse
+        self._write = os.write
+        monkeypatch.setattr(os, "write", self.write)
+
+    def write(self, fd: int, data: memoryview) -> int:
+        direct = bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
+        self.direct.append(direct)
+        if direct and self._refuse:
+            raise OSError(errno.EINVAL, "no direct I/O after all")
+        return self._write(fd, data)
+
+    def store(self, store: Store, cuts: list[int]) -> bytes:
+        view = memoryview(self.memory)
+        with store.create("x") as writer:
+            for start, stop in pairwise([0, *cuts, len(view)]):
+                writer.write(view[start:stop])
+        view.release()
+        return store.read("x")
+
+
+@pytest.fixture
+def disk(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """A store of which the page cache can be passed by, whatever disk the tests run on."""
+    fd = os.open(tmp_path, os.O_TMPFILE | os.O_WRONLY)
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETFL, os.O_DIRECT)
+        monkeypatch.setattr(direct, "_LOCAL_DISKS", {direct._file_system(fd)})
+    except OSError:
+        pytest.skip("this file system has no direct I/O")
+    finally:
+        os.close(fd)
+    return store
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "cuts", "expected"),
+    [
+        (2 * MIB, [MIB], [True, True]),
+        (2 * MIB + 5, [MIB], [True, True, False]),
+        (MIB + 4096, [MIB], [True, True]),
+        (3 * MIB, [MIB, MIB + 7, 2 * MIB], [True, False, False, False]),
+        (2 * MIB, [4096], [False, False]),
+        (100, [], [False]),
+    ],
+)
+def test_whole_pages_of_a_large_file_pass_the_page_cache_by(
+    disk: Store, monkeypatch: pytest.MonkeyPatch, nbytes: int, cuts: list[int], expected: list[bool]
+) -> None:
+    pages = Pages(monkeypatch, nbytes)
+    assert pages.store(disk, cuts) == pages.memory[:]
+    assert pages.direct == expected
+
+
+def test_a_disk_that_refuses_is_written_through_the_cache(disk: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = Pages(monkeypatch, 2 * MIB, refuse=True)
+    assert pages.store(disk, [MIB]) == pages.memory[:]
+    assert pages.direct == [True, False, False]
+
+
+def test_a_file_system_over_a_network_is_written_through_the_cache(
+    disk: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(direct, "_LOCAL_DISKS", {0x6969})
+    pages = Pages(monkeypatch, 2 * MIB)
+    assert pages.store(disk, [MIB]) == pages.memory[:]
+    assert pages.direct == [False, False]
 
 
 def test_locks_are_not_listed(store: Store) -> None:
