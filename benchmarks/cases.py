@@ -27,11 +27,15 @@ class Case:
         rows = shape[0] // self.world_size
         return rank * rows, (rows, *shape[1:])
 
+    def array(self, number: int, rank: int = 0, seed: int = 0) -> np.ndarray:
+        """What ``rank`` holds of a tensor: random, so that no compressor shrinks it by much, as with real weights."""
+        rng = np.random.default_rng((seed, number, rank))
+        return rng.random(self.part(self.shapes[number][1], rank)[1], dtype=np.float32) - np.float32(0.5)
+
     def arrays(self, rank: int = 0, seed: int = 0) -> Iterator[tuple[str, np.ndarray]]:
-        """What ``rank`` holds: random numbers that no compressor shrinks by much, as with real weights."""
-        for number, (name, shape) in enumerate(self.shapes):
-            rng = np.random.default_rng((seed, number, rank))
-            yield name, rng.random(self.part(shape, rank)[1], dtype=np.float32) - np.float32(0.5)
+        """All that ``rank`` holds, by name."""
+        for number, (name, _) in enumerate(self.shapes):
+            yield name, self.array(number, rank, seed)
 
 
 def _big(count: int, shape: tuple[int, ...], small: int) -> tuple[tuple[str, tuple[int, ...]], ...]:

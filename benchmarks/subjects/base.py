@@ -26,6 +26,12 @@ class Subject(ABC):
 
     cases: ClassVar[tuple[str, ...]] = ("big", "small", "workers", "quick")
 
+    started_at: float | None = None
+    """`time.monotonic` just before `start` started processes or took memory for saving; memory counts from then.
+
+    None, as by default, where that happens in the first `save`.
+    """
+
     def __init__(self, case: Case, rank: int, directory: str) -> None:
         self.case = case
         self.rank = rank
@@ -56,7 +62,10 @@ class Subject(ABC):
 
     @abstractmethod
     def start(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Make the training state from this rank's arrays, as the system's users hold it."""
+        """Make the training state from this rank's arrays, as the system's users hold it.
+
+        ``arrays`` makes each value anew when it is asked for: it may be kept, and is nobody else's.
+        """
 
     @abstractmethod
     def update(self, names: Sequence[str]) -> None:
@@ -77,6 +86,9 @@ class Subject(ABC):
     @abstractmethod
     def open_restore(self, step: int) -> None:
         """Everything that comes before reading: models built, targets made, graphs constructed."""
+
+    def before_restore(self) -> None:
+        """What has to be done anew before each `restore` and is no part of it; not timed."""
 
     @abstractmethod
     def restore(self) -> Mapping[str, Any]:

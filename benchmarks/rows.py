@@ -1,0 +1,96 @@
+"""Rows of the table: each measured below a process of its own, so that no failure ends the run."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+from typing import Any
+
+from benchmarks.conductor import end_tree
+from benchmarks.subjects import subject_class
+from benchmarks.task import Task
+
+ROOT = Path(__file__).parents[1]
+LIMIT_S = 600.0
+
+ENVIRONMENT = {
+    # The compute part of a step is one thread's; the frameworks' own pools are left as they are.
+    "OPENBLAS_NUM_THREADS": "1",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+    "JAX_PLATFORMS": "cpu",
+    "CUDA_VISIBLE_DEVICES": "",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "PYTHONPATH": str(ROOT),
+}
+
+Row = dict[str, Any]
+
+
+def measure_row(task: Task, phases: tuple[str, ...] = ("saving", "restoring", "flipped"), limit_s: float = LIMIT_S) -> Row:
+    """One subject, case and place. ``root`` is made, and removed afterwards; ``notes`` likewise."""
+    row: Row = {
+        "place": task.place,
+        "case": task.case.name,
+        "subject": task.subject,
+        "nbytes": task.case.nbytes,
+    }
+    missing = _missing(task.subject)
+    if missing:
+        return {**row, "error": missing}
+    os.makedirs(task.root)
+    notes = tempfile.mkdtemp(prefix="bench-", dir="/dev/shm")
+    try:
+        return {**row, **_conduct(replace(task, notes=notes), phases, limit_s)}
+    finally:
+        shutil.rmtree(task.root, ignore_errors=True)
+        shutil.rmtree(notes, ignore_errors=True)
+
+
+def _missing(key: str) -> str:
+    """Why the subject cannot be run here, "" if it can."""
+    try:
+        subject_class(key)
+    except (ImportError, PackageNotFoundError) as error:
+        return f"not installed: {error}"
+    return ""
+
+
+def _conduct(task: Task, phases: tuple[str, ...], limit_s: float) -> Row:
+    told, result, said = (Path(task.notes, name) for name in ("task", "result.json", "said"))
+    told.write_bytes(pickle.dumps(task))
+    command = [sys.executable, "-m", "benchmarks.conductor", str(told), str(result), ",".join(phases)]
+    with said.open("wb") as log:
+        conductor = subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, **ENVIRONMENT}, stdout=log, stderr=log, stdin=subprocess.DEVNULL
+        )
+        reason = ""
+        try:
+            conductor.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            reason = f"not done after {limit_s:.0f} s"
+        finally:
+            end_tree(conductor.pid)
+            conductor.wait()
+    found: Row = json.loads(result.read_text()) if result.exists() else {}
+    if not found.keys() & {"done", "error", "skipped"}:
+        found["error"] = reason or _last_words(said)
+    if "error" in found:
+        found["said"] = said.read_text(errors="replace")[-3000:]
+    found.pop("done", None)
+    return found
+
+
+def _last_words(said: Path) -> str:
+    lines = said.read_text(errors="replace").strip().splitlines()
+    return lines[-1][:300] if lines else "ended without a word"
+
+
