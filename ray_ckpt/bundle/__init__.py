@@ -6,9 +6,10 @@ and one index, a leveldb table of where each tensor, and each slice of a partiti
 
 from ray_ckpt.bundle.content import content_crc
 from ray_ckpt.bundle.crc import combine, crc32c, mask, unmask
+from ray_ckpt.bundle.decode import Piece
 from ray_ckpt.bundle.dtypes import DTYPE_NAMES, STRING, UNPARTITIONABLE, dtype_name, dtype_of, nbytes_of
 from ray_ckpt.bundle.entry import encode_partitioned, encode_piece, piece_key
-from ray_ckpt.bundle.index import Index, Piece, StoredTensor
+from ray_ckpt.bundle.index import Index, StoredTensor
 from ray_ckpt.bundle.limits import MAX_PARTITIONED_RANK, MAX_SLICES, check_name, check_tensor
 from ray_ckpt.bundle.naming import index_name, parse_index_name, parse_shard_name, shard_name
 from ray_ckpt.bundle.runs import decode_run, encode_run, merge_index
