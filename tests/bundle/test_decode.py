@@ -83,3 +83,12 @@ def test_a_field_that_comes_twice() -> None:
     assert found(other_shard + whole) == ("float32", (2, 3), 1, 8, 24, mask(7))
     assert found(whole + other_shape) == ("float32", (2, 3, 1), 1, 8, 24, mask(7))
     assert found(other_shape + whole) == ("float32", (1, 2, 3), 1, 8, 24, mask(7))
+
+
+def test_numbers_of_too_many_bits_wrap_as_in_protobuf() -> None:
+    whole = encode_piece("float32", (2, 3), 0, 0, 24, 7)
+    head = whole[: 4 + whole[3]]
+    wrapped = head + b"\x18\x81\x80\x80\x80\x10" + whole[len(head) :]
+    assert found(wrapped) == meaning(wrapped) == ("float32", (2, 3), 1, 0, 24, mask(7))
+    negative = head + b"\x20" + b"\xff" * 9 + b"\x01" + whole[len(head) :]
+    assert found(negative) is None
