@@ -102,16 +102,23 @@ class _Shard:
 
     def _checksum(self, entry: Entry) -> Iterator[int]:
         """Where each chunk of an entry ends, its checksum being known; adds the entry to the index."""
-        total = 0
         end = entry.start + entry.nbytes
-        for start in range(entry.start, end, CHUNK_NBYTES):
-            stop = min(start + CHUNK_NBYTES, end)
-            with self._data[start:stop] as chunk:
-                crc = crc32c(chunk)
-            total = combine(total, crc, stop - start)
-            if entry.nbytes > CHUNK_NBYTES:
+        if entry.nbytes <= CHUNK_NBYTES:
+            total = self._crc(entry.start, end)
+            yield end
+        else:
+            total = 0
+            for start in range(entry.start, end, CHUNK_NBYTES):
+                stop = min(start + CHUNK_NBYTES, end)
+                crc = self._crc(start, stop)
+                total = combine(total, crc, stop - start)
                 self.chunks.append(crc)
-            yield stop
+                yield stop
         crc = total if entry.crc is None else entry.crc
         value = encode_piece(entry.dtype, entry.box.shape, self._shard_id, entry.start - self.start, entry.nbytes, crc)
         self.pairs.append((piece_key(entry.name, entry.box, entry.shape), value))
+
+    def _crc(self, start: int, stop: int) -> int:
+        # A view left over would keep the segment mapped after it is closed.
+        with self._data[start:stop] as part:
+            return crc32c(part)

@@ -106,12 +106,18 @@ def encode_table(
 def decode_table(data: bytes) -> Table:
     """The inverse of `encode_table`."""
     raw = json.loads(data)
+    entries = []
+    # States repeat few shapes and offsets: their objects are made once.
+    forms: dict[str, tuple[Shape, Box]] = {}
+    for name, dtype, shape, offset, extent, start, nbytes, crc in raw["entries"]:
+        text = f"{shape}{offset}{extent}"
+        form = forms.get(text)
+        if form is None:
+            form = forms[text] = (tuple(shape), Box(tuple(offset), tuple(extent)))
+        entries.append(Entry(name, dtype, *form, start, nbytes, crc))
     return Table(
         SaveId(**raw["save"]),
-        tuple(
-            Entry(name, dtype, tuple(shape), Box(tuple(offset), tuple(extent)), start, nbytes, crc)
-            for name, dtype, shape, offset, extent, start, nbytes, crc in raw["entries"]
-        ),
+        tuple(entries),
         tuple((first, stop) for first, stop in raw["writers"]),
         raw["writer_base"],
         raw["digests"],
