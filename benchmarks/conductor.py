@@ -38,11 +38,11 @@ class PhaseError(Exception):
 class Conductor:
     """Runs the phases of a row one after another."""
 
-    def __init__(self, task: Task, result: Path) -> None:
+    def __init__(self, task: Task, subject: type[Subject], result: Path) -> None:
         self._task = task
         self._path = result
-        self._class: type[Subject] = subject_class(task.subject)
-        self._result: dict[str, Any] = {"name": self._class.name, "gives_up": self._class.gives_up}
+        self._class = subject
+        self._result: dict[str, Any] = {"name": subject.name, "gives_up": subject.gives_up}
 
     def run(self, phases: list[str]) -> None:
         """Everything; what went wrong ends up in the result."""
@@ -166,7 +166,16 @@ def end_tree(root: int) -> None:
             continue
 
 
+def conduct(task: Task, result: Path, phases: list[str]) -> None:
+    """Measure the row; a subject that cannot be imported is a result too."""
+    try:
+        subject = subject_class(task.subject)
+    except ImportError as error:
+        write_json(result, {"error": f"not installed: {error}"})
+    else:
+        Conductor(task, subject, result).run(phases)
+
+
 if __name__ == "__main__":
     with open(sys.argv[1], "rb") as file:
-        told: Task = pickle.load(file)
-    Conductor(told, Path(sys.argv[2])).run(sys.argv[3].split(","))
+        conduct(pickle.load(file), Path(sys.argv[2]), sys.argv[3].split(","))

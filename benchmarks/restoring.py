@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -64,7 +63,7 @@ def measure_restoring(subject: Subject, task: Task, ranks: Ranks) -> Record:
     for kind in ("warm", "cold") if task.place == "disk" else ("warm",):
         for _ in range(count):
             if kind == "cold":
-                _evict(subject, task, ranks)
+                _evict(task, ranks)
             ranks.barrier()
             bound_s = read(plain)
             result[kind].append({**_restore(subject, ranks)[0], "read": bound_s})
@@ -99,12 +98,11 @@ def _restore(
     return record, found
 
 
-def _evict(subject: Subject, task: Task, ranks: Ranks) -> None:
-    """Bring nothing of the checkpoint or the plain files from the page cache."""
+def _evict(task: Task, ranks: Ranks) -> None:
+    """See to it that nothing of the checkpoint or the plain files is in the page cache."""
     ranks.barrier()
     if ranks.rank == 0:
         sync_file_system(task.root)
-        evict(files_of(subject.files(task.step)))
         evict([task.plain(rank) for rank in range(ranks.world_size)])
-        evict([path for path in files_of(os.path.join(task.root, "checkpoints"))])
+        evict(files_of(task.checkpoints))
     ranks.barrier()

@@ -10,16 +10,15 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
 from benchmarks.conductor import end_tree
-from benchmarks.subjects import subject_class
 from benchmarks.task import Task
 
 ROOT = Path(__file__).parents[1]
 LIMIT_S = 600.0
+PHASES = ("saving", "restoring", "flipped")
 
 ENVIRONMENT = {
     # The compute part of a step is one thread's; the frameworks' own pools are left as they are.
@@ -35,7 +34,9 @@ ENVIRONMENT = {
 Row = dict[str, Any]
 
 
-def measure_row(task: Task, phases: tuple[str, ...] = ("saving", "restoring", "flipped"), limit_s: float = LIMIT_S) -> Row:
+def measure_row(
+    task: Task, phases: tuple[str, ...] = ("saving", "restoring", "flipped"), limit_s: float = LIMIT_S
+) -> Row:
     """One subject, case and place. ``root`` is made, and removed afterwards; ``notes`` likewise."""
     row: Row = {
         "place": task.place,
@@ -43,9 +44,6 @@ def measure_row(task: Task, phases: tuple[str, ...] = ("saving", "restoring", "f
         "subject": task.subject,
         "nbytes": task.case.nbytes,
     }
-    missing = _missing(task.subject)
-    if missing:
-        return {**row, "error": missing}
     os.makedirs(task.root)
     notes = tempfile.mkdtemp(prefix="bench-", dir="/dev/shm")
     try:
@@ -53,15 +51,6 @@ def measure_row(task: Task, phases: tuple[str, ...] = ("saving", "restoring", "f
     finally:
         shutil.rmtree(task.root, ignore_errors=True)
         shutil.rmtree(notes, ignore_errors=True)
-
-
-def _missing(key: str) -> str:
-    """Why the subject cannot be run here, "" if it can."""
-    try:
-        subject_class(key)
-    except (ImportError, PackageNotFoundError) as error:
-        return f"not installed: {error}"
-    return ""
 
 
 def _conduct(task: Task, phases: tuple[str, ...], limit_s: float) -> Row:
@@ -92,5 +81,3 @@ def _conduct(task: Task, phases: tuple[str, ...], limit_s: float) -> Row:
 def _last_words(said: Path) -> str:
     lines = said.read_text(errors="replace").strip().splitlines()
     return lines[-1][:300] if lines else "ended without a word"
-
-

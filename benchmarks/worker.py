@@ -1,4 +1,4 @@
-"""One rank's process: ``python -m benchmarks.worker TASK RANK``, or the same function inside a job of a system's own."""
+"""One rank's process: ``python -m benchmarks.worker TASK RANK``, or `work` inside a system's own job."""
 
 from __future__ import annotations
 

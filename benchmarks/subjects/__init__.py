@@ -8,6 +8,7 @@ from benchmarks.subjects.base import Subject
 
 SUBJECTS = {
     "ours": "ours:Ours",
+    "ours-load": "ours:OursLoad",
     "ours-jax": "ours:OursJax",
     "tf": "tf:TfSync",
     "tf-async": "tf:TfAsync",
@@ -17,10 +18,14 @@ SUBJECTS = {
     "orbax-no-ocdbt": "orbax_ckpt:OrbaxNoOcdbt",
     "orbax-manager": "orbax_ckpt:OrbaxManager",
     "torch": "torch_dcp:TorchSave",
+    "torch-no-crc": "torch_dcp:TorchSaveNoCrc",
     "dcp": "torch_dcp:TorchDcp",
     "dcp-cached": "torch_dcp:TorchDcpCached",
+    "dcp-unsynced": "torch_dcp:TorchDcpUnsynced",
+    "dcp-staged": "torch_dcp:TorchDcpStaged",
     "dcp-process": "torch_dcp:TorchDcpProcess",
-    "ray-train": "ray_train:RayTrain",
+    "ray-train": "ray_train:RayTrainReport",
+    "ray-train-async": "ray_train:RayTrainReportAsync",
 }
 """Key of the command line -> module of this package and class."""
 

@@ -53,11 +53,11 @@ class Subject(ABC):
         """
         return {}
 
-    @classmethod
+    @classmethod  # noqa: B027, optional
     def tear_down(cls) -> None:
         """End what `prepare` started."""
 
-    def configure(self, shared: Mapping[str, Any]) -> None:
+    def configure(self, shared: Mapping[str, Any]) -> None:  # noqa: B027, optional
         """Join what `prepare` started."""
 
     @abstractmethod
@@ -87,7 +87,7 @@ class Subject(ABC):
     def open_restore(self, step: int) -> None:
         """Everything that comes before reading: models built, targets made, graphs constructed."""
 
-    def before_restore(self) -> None:
+    def before_restore(self) -> None:  # noqa: B027, optional
         """What has to be done anew before each `restore` and is no part of it; not timed."""
 
     @abstractmethod

@@ -15,7 +15,7 @@ import ray
 
 from benchmarks.cases import Case
 from benchmarks.subjects.base import Subject
-from ray_ckpt import Checkpointer, Slice
+from ray_ckpt import Checkpointer, Slice, load
 from ray_ckpt.coordinator import run_id
 from ray_ckpt.snapshot import default_folder
 
@@ -27,7 +27,7 @@ class Ours(Subject):
 
     name: ClassVar[str] = "ray_ckpt"
 
-    state: Any
+    state: Any = None
     _ray_folder: ClassVar[str] = ""
     _url: ClassVar[str] = ""
 
@@ -52,7 +52,9 @@ class Ours(Subject):
         """End the cluster; its agent does not live to give the snapshot memory back."""
         ray.shutdown()
         shutil.rmtree(cls._ray_folder, ignore_errors=True)
-        shutil.rmtree(default_folder(run_id(cls._url)), ignore_errors=True)
+        run = run_id(cls._url)
+        for folder in default_folder(run).parent.glob(f"{run}*"):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def configure(self, shared: Mapping[str, Any]) -> None:
         ray.init(address=shared["address"], log_to_driver=False)
@@ -111,6 +113,33 @@ class Ours(Subject):
     def close(self) -> None:
         self._ckpt.close()
         ray.shutdown()
+
+
+class OursLoad(Ours):
+    """Restored without a job: no Ray, no coordinator, the whole checkpoint in one process."""
+
+    name: ClassVar[str] = "ray_ckpt, load()"
+    cases: ClassVar[tuple[str, ...]] = ("big", "small", "quick")
+
+    def configure(self, shared: Mapping[str, Any]) -> None:
+        self._shared = shared
+
+    def start(self, arrays: Mapping[str, np.ndarray]) -> None:
+        super().configure(self._shared)
+        super().start(arrays)
+
+    def open_restore(self, step: int) -> None:
+        self._step = step
+
+    def before_restore(self) -> None:
+        pass
+
+    def restore(self) -> Mapping[str, Any]:
+        return load(self.directory, self._step)
+
+    def close(self) -> None:
+        if self.state is not None:
+            super().close()
 
 
 class OursJax(Ours):
