@@ -144,7 +144,7 @@ class HostMemory:
         if key not in self._digests:
             self._digests = {k: v for k, v in self._digests.items() if k[0] != name}
             try:
-                self._digests[key] = tuple(sorted(segment.table().digests.items()))
+                self._digests[key] = tuple(sorted(segment.digests().items()))
             except (SaveError, DamagedError) as error:
                 logger.warning("%s", error)
                 self._digests[key] = ()

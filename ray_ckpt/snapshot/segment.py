@@ -10,7 +10,7 @@ Layout, native byte order (the file never leaves its host):
     104     JSON of the save id
     4096    try counters of 1024 writers: (order of the attempt, tries so far), 64-bit words
     20480   data, exactly the bytes of the data shards, one after another
-    then, from the next page on: the table of entries (JSON)
+    then, from the next page on: the table of entries (`table`)
 
 The state is one aligned word and is stored last, so a crash at any point leaves no segment that looks sealed
 and is not. A segment sealed before the machine was booted counts as empty: its pages need not all have
@@ -29,7 +29,7 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import IntEnum
 from pathlib import Path
 from types import TracebackType
@@ -39,7 +39,7 @@ import numpy as np
 
 from ray_ckpt.errors import DamagedError, SaveError, StorageError, UsageError
 from ray_ckpt.snapshot.process import ProcessId
-from ray_ckpt.snapshot.table import SaveId, Table, decode_save, decode_table, encode_save
+from ray_ckpt.snapshot.table import SaveId, Table, decode_digests, decode_save, decode_table, encode_save
 
 MAX_WRITERS = 1024
 _MAGIC = b"RAYCKPT2"
@@ -307,12 +307,19 @@ class Segment:
             SaveError: the segment is not sealed.
             DamagedError: the table fails its digest.
         """
+        return decode_table(self._read_table())
+
+    def digests(self) -> Mapping[str, int]:
+        """The sealed table's ``digests`` alone. Raises as `table` does."""
+        return decode_digests(self._read_table())
+
+    def _read_table(self) -> bytes:
         if self.state is not SegmentState.SEALED:
             raise SaveError(f"{self.path}: the segment is {self.state.name.lower()}, expected it sealed")
         data = os.pread(self._fd, self._words[_Word.TABLE_NBYTES], self._table_at)
         if _digest(data) != self._map[_DIGEST]:
             raise DamagedError(f"{self.path}: the table of entries fails its digest; the snapshot is lost")
-        return decode_table(data)
+        return data
 
     def release(self) -> None:
         """The snapshot is not needed any more."""

@@ -1,4 +1,7 @@
-"""What lies in a sealed segment: its entries and how they divide into data shards, as JSON."""
+"""What lies in a sealed segment: its entries and how they divide into data shards.
+
+Two lines of JSON: first what concerns the snapshot as a whole, then the entries, which may be many.
+"""
 
 from __future__ import annotations
 
@@ -73,6 +76,9 @@ def decode_save(data: bytes) -> SaveId:
     return SaveId(**json.loads(data))
 
 
+_NEWLINE = b"\n"
+"""JSON has none of its own: in a text it is escaped."""
+
 _fixed_entries: dict[tuple[str, int], bytes] = {}
 """The entries of the last plan: equal for all its saves, and the larger part of the work for small leaves."""
 
@@ -93,23 +99,30 @@ def encode_table(
         fixed = _fixed_entries[key] = _dumps(rows)[1:-1]
     first = len(plan.copies) - len(strings)
     variable = _dumps([_row(layout, first + i, plan, *place) for i, place in enumerate(strings)])[1:-1]
-    rest = {
+    head = {
         "save": asdict(save),
         "writers": [[writer.first, writer.stop] for writer in plan.writers],
         "writer_base": plan.writer_base,
         "digests": dict(digests),
     }
     entries = b",".join(filter(None, (fixed, variable)))
-    return b'{"entries":[' + entries + b"]," + _dumps(rest)[1:]
+    return b"".join((_dumps(head), _NEWLINE, b"[", entries, b"]"))
+
+
+def decode_digests(data: bytes) -> Mapping[str, int]:
+    """The ``digests`` of an encoded table alone, whatever its number of entries."""
+    digests: dict[str, int] = json.loads(data.partition(_NEWLINE)[0])["digests"]
+    return digests
 
 
 def decode_table(data: bytes) -> Table:
     """The inverse of `encode_table`."""
-    raw = json.loads(data)
+    first, _, second = data.partition(_NEWLINE)
+    raw = json.loads(first)
     entries = []
     # States repeat few shapes and offsets: their objects are made once.
     forms: dict[str, tuple[Shape, Box]] = {}
-    for name, dtype, shape, offset, extent, start, nbytes, crc in raw["entries"]:
+    for name, dtype, shape, offset, extent, start, nbytes, crc in json.loads(second):
         text = f"{shape}{offset}{extent}"
         form = forms.get(text)
         if form is None:
