@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 
@@ -176,6 +177,12 @@ def conduct(task: Task, result: Path, phases: list[str]) -> None:
         Conductor(task, subject, result).run(phases)
 
 
+def _leave(*_: object) -> NoReturn:
+    """On SIGTERM: out through every ``finally``."""
+    sys.exit("ended from outside")
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _leave)
     with open(sys.argv[1], "rb") as file:
         conduct(pickle.load(file), Path(sys.argv[2]), sys.argv[3].split(","))

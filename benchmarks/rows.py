@@ -18,6 +18,7 @@ from benchmarks.task import Task
 
 ROOT = Path(__file__).parents[1]
 LIMIT_S = 600.0
+GRACE_S = 30.0
 PHASES = ("saving", "restoring", "flipped")
 
 ENVIRONMENT = {
@@ -67,8 +68,7 @@ def _conduct(task: Task, phases: tuple[str, ...], limit_s: float) -> Row:
         except subprocess.TimeoutExpired:
             reason = f"not done after {limit_s:.0f} s"
         finally:
-            end_tree(conductor.pid)
-            conductor.wait()
+            _end(conductor)
     found: Row = json.loads(result.read_text()) if result.exists() else {}
     if not found.keys() & {"done", "error", "skipped"}:
         found["error"] = reason or _last_words(said)
@@ -76,6 +76,16 @@ def _conduct(task: Task, phases: tuple[str, ...], limit_s: float) -> Row:
         found["said"] = said.read_text(errors="replace")[-3000:]
     found.pop("done", None)
     return found
+
+
+def _end(conductor: subprocess.Popen[bytes]) -> None:
+    """Let it tear down what the subject has started outside the row's folders, then end whatever is left."""
+    conductor.terminate()
+    try:
+        conductor.wait(GRACE_S)
+    except subprocess.TimeoutExpired:
+        end_tree(conductor.pid)
+        conductor.wait()
 
 
 def _last_words(said: Path) -> str:
