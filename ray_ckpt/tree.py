@@ -74,14 +74,20 @@ def flatten(state: Any) -> Flat:
     try:
         tree = _flatten(state, "", leaves)
     except RecursionError:
-        raise StateError("the state contains itself or is nested too deep; save a tree of containers") from None
-    names = {name for name, _ in leaves}
-    if len(names) != len(leaves):
-        _raise_duplicate(state)
-    if METADATA_KEY in names:
-        raise StateError(f"the name {METADATA_KEY!r} belongs to the checkpoint's metadata; rename that leaf")
-    _check_utf8(names)
+        raise _too_deep() from None
+    _check_names(state, leaves)
     return Flat(leaves, json.dumps(tree, separators=(",", ":"), ensure_ascii=False))
+
+
+def named_leaves(state: Any) -> dict[str, Any]:
+    """The leaves alone, as `flatten` gives and checks them."""
+    leaves: list[tuple[str, Any]] = []
+    try:
+        _collect(state, "", leaves)
+    except RecursionError:
+        raise _too_deep() from None
+    _check_names(state, leaves)
+    return dict(leaves)
 
 
 def unflatten(like: Any, values: Mapping[str, Any]) -> Any:
@@ -92,10 +98,11 @@ def unflatten(like: Any, values: Mapping[str, Any]) -> Any:
     Raises:
         MismatchError: a leaf of ``like`` has no value; lists the names.
     """
-    missing = [name for name, _ in flatten(like).leaves if name not in values]
-    if missing:
-        raise MismatchError(f"no value for {len(missing)} leaves of the target: {', '.join(sorted(missing)[:20])}")
-    return _unflatten(like, "", values)
+    try:
+        return _unflatten(like, "", values)
+    except _NoValueError:
+        missing = sorted(name for name in named_leaves(like) if name not in values)
+    raise MismatchError(f"no value for {len(missing)} leaves of the target: {', '.join(missing[:20])}")
 
 
 def rebuild(tree: str, values: Mapping[str, Any]) -> Any:
@@ -115,6 +122,9 @@ def join_name(parent: str, part: str) -> str:
 
 
 def _escape(part: str) -> str:
+    # The commonest keys have nothing to escape, which this tells sooner than a search does.
+    if part.isidentifier():
+        return part
     if not part:
         return _EMPTY_PART
     return _SPECIAL.sub(lambda match: f"%{ord(match[0]):02X}", part)
@@ -126,21 +136,49 @@ def _flatten(value: Any, name: str, leaves: list[tuple[str, Any]]) -> Any:
     if node is None:
         leaves.append((name or ROOT_NAME, value))
         return _LEAF
-    return node.describe(
-        [_flatten(child, join_name(name, part), leaves) for part, child in zip(node.parts, node.children, strict=True)]
-    )
+    return node.describe([_flatten(child, child_name, leaves) for child_name, child in _named_children(node, name)])
+
+
+def _collect(value: Any, name: str, leaves: list[tuple[str, Any]]) -> None:
+    """Append the leaves under ``value``."""
+    node = _node(value, name)
+    if node is None:
+        leaves.append((name or ROOT_NAME, value))
+        return
+    for child_name, child in _named_children(node, name):
+        if type(child) in _LEAVES:
+            leaves.append((child_name, child))
+        else:
+            _collect(child, child_name, leaves)
 
 
 def _unflatten(like: Any, name: str, values: Mapping[str, Any]) -> Any:
     node = _node(like, name)
     if node is None:
-        return values[name or ROOT_NAME]
+        return _value(values, name or ROOT_NAME)
     return node.combine(
         [
-            _unflatten(child, join_name(name, part), values)
-            for part, child in zip(node.parts, node.children, strict=True)
+            _value(values, child_name) if type(child) in _LEAVES else _unflatten(child, child_name, values)
+            for child_name, child in _named_children(node, name)
         ]
     )
+
+
+class _NoValueError(Exception):
+    """A leaf has no value."""
+
+
+def _value(values: Mapping[str, Any], name: str) -> Any:
+    try:
+        return values[name]
+    except KeyError:
+        raise _NoValueError from None
+
+
+def _named_children(node: _Node, name: str) -> Iterator[tuple[str, Any]]:
+    """The children of the container of this name, with their names."""
+    names = map(_escape, node.parts)
+    return zip([f"{name}/{part}" for part in names] if name else names, node.children, strict=True)
 
 
 def _rebuild(tree: Any, name: str, values: Mapping[str, Any]) -> Any:
@@ -216,6 +254,8 @@ def _part(key: Any, name: str) -> str:
     Raises:
         StateError: a type of key that has no rule.
     """
+    if type(key) is str:
+        return key
     if isinstance(key, str):
         return str.__str__(key)
     if key is None or type(key) in (int, bool, float):
@@ -292,6 +332,19 @@ def _other(label: str, kind: type, parts: Any) -> _Json:
     """JSON of a container that only a ``like`` can rebuild."""
     title = f"{label} {kind.__module__}.{kind.__qualname__}"
     return lambda children: {title: [[part, child] for part, child in zip(parts, children, strict=True)]}
+
+
+def _too_deep() -> StateError:
+    return StateError("the state contains itself or is nested too deep; save a tree of containers")
+
+
+def _check_names(state: Any, leaves: list[tuple[str, Any]]) -> None:
+    names = {name for name, _ in leaves}
+    if len(names) != len(leaves):
+        _raise_duplicate(state)
+    if METADATA_KEY in names:
+        raise StateError(f"the name {METADATA_KEY!r} belongs to the checkpoint's metadata; rename that leaf")
+    _check_utf8(names)
 
 
 def _check_utf8(names: set[str]) -> None:

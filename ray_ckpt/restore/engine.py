@@ -50,7 +50,7 @@ def read_boxes(
         raise UsageError(f"threads and budget_nbytes must be positive, found {threads} and {budget_nbytes}")
     jobs = wanted_jobs(stored, wanted)
     # A string is read into one buffer: a damaged index must not make that larger than the file.
-    check_extents(stored, {j.name for j in jobs if not j.is_numeric and j.piece.nbytes > READ_NBYTES})
+    check_extents(stored, {j.name for j in jobs if j.piece.nbytes > READ_NBYTES and not j.is_numeric})
     run_jobs(stored, jobs, threads, budget_nbytes, progress, _raise)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,21 +22,20 @@ from ray_ckpt.errors import DamagedError, MismatchError
 from ray_ckpt.plan import PieceIndex
 from ray_ckpt.restore.region import Array, cut
 from ray_ckpt.restore.stored import StoredCheckpoint
-from ray_ckpt.types import Box
+from ray_ckpt.types import Box, Shape
 
 Wanted = tuple[str, Box, Array]
 """Name of a tensor, a box in it, and the array of that shape to fill."""
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(NamedTuple):
     """A region of one piece, in the piece's own coordinates, and the array view it goes to."""
 
     region: Box
     out: Array
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class PieceJob:
     """One stored piece that is to be read and verified, and all who want a part of it."""
 
@@ -60,9 +60,10 @@ class PieceJob:
         else:
             self.check(content_crc(self.dtype, self.piece.box.size, bytes(raw)))
         if self.targets:
-            whole = self._decode(raw).reshape(self.piece.box.shape)
-            for target in self.targets:
-                target.out[...] = cut(whole, target.region)
+            shape = self.piece.box.shape
+            whole = self._decode(raw).reshape(shape)
+            for region, out in self.targets:
+                out[...] = whole if region.shape == shape else cut(whole, region)
 
     def check(self, found: int) -> None:
         """Raise `DamagedError` unless ``found`` is the piece's crc32c."""
@@ -90,26 +91,26 @@ def wanted_jobs(stored: StoredCheckpoint, wanted: Iterable[Wanted]) -> list[Piec
     for name, box, out in wanted:
         tensor = stored.tensor(name)
         _check_wanted(stored, tensor, box, out)
+        if not out.size:
+            continue
         for number, common in _pieces(tensor, box, indexes):
-            piece = tensor.pieces[number]
             job = jobs.get((name, number))
             if job is None:
-                job = jobs[name, number] = PieceJob(name, tensor.dtype, piece)
-            view = out if common == box else cut(out, common.relative_to(box))
-            job.targets.append(Target(common.relative_to(piece.box), view))
+                job = jobs[name, number] = PieceJob(name, tensor.dtype, tensor.pieces[number])
+            view = out if common is box else cut(out, common.relative_to(box))
+            within = job.piece.box
+            job.targets.append(Target(common if common == within else common.relative_to(within), view))
     return list(jobs.values())
 
 
-def _pieces(tensor: StoredTensor, box: Box, indexes: dict[str, PieceIndex]) -> Iterator[tuple[int, Box]]:
-    """Numbers of the pieces that share elements with the box, and the shared boxes."""
+def _pieces(tensor: StoredTensor, box: Box, indexes: dict[str, PieceIndex]) -> Iterable[tuple[int, Box]]:
+    """Numbers of the pieces that share elements with a box that has any, and the shared boxes."""
     if len(tensor.pieces) == 1:
-        if box.size:
-            yield 0, box
-        return
+        return ((0, box),)
     index = indexes.get(tensor.name)
     if index is None:
         index = indexes[tensor.name] = PieceIndex([piece.box for piece in tensor.pieces], tensor.name)
-    yield from index.intersections(box)
+    return index.intersections(box)
 
 
 def _check_wanted(stored: StoredCheckpoint, tensor: StoredTensor, box: Box, out: Array) -> None:
@@ -120,12 +121,17 @@ def _check_wanted(stored: StoredCheckpoint, tensor: StoredTensor, box: Box, out:
             f" pass a writeable {dtype.name} array of that shape, found a"
             f"{'' if out.flags.writeable else ' read-only'} {out.dtype.name} array of shape {out.shape}"
         )
-    whole = Box.whole(tensor.shape)
-    inside = len(box.offset) == len(tensor.shape) and (
-        box == whole or all(o >= 0 and o + n <= d for o, n, d in zip(box.offset, box.shape, tensor.shape, strict=True))
-    )
-    if not inside:
+    if not _is_inside(box, tensor.shape):
         raise MismatchError(
             f"{stored.where}: tensor {tensor.name!r} has shape {tensor.shape}, the box at {box.offset} of"
             f" shape {box.shape} is not inside it; compare with `ray-ckpt show`"
         )
+
+
+def _is_inside(box: Box, shape: Shape) -> bool:
+    """Whether an array of this shape has all of the box, whose own shape is known to be one."""
+    if len(box.offset) != len(shape):
+        return False
+    if box.shape == shape and not any(box.offset):
+        return True
+    return all(o >= 0 and o + n <= d for o, n, d in zip(box.offset, box.shape, shape, strict=True))

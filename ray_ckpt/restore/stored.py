@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 _CRC_NBYTES = 4
 _HEAD_THREADS = 16
+_NOWHERE = (0, "")
 
 ChunkCrcs = Mapping[tuple[int, int], memoryview]
 """(shard number, offset of a piece) -> uint32 crc32c of each of the piece's chunks."""
@@ -129,7 +130,7 @@ def check_extents(stored: StoredCheckpoint, names: Iterable[str]) -> None:
     for name in names:
         for piece in stored.tensor(name).pieces:
             stop = piece.offset + piece.nbytes
-            if stop > last.get(piece.shard_id, (0, ""))[0]:
+            if stop > last.get(piece.shard_id, _NOWHERE)[0]:
                 last[piece.shard_id] = stop, name
     sizes = shard_sizes(stored, last)
     for shard_id, (stop, name) in last.items():

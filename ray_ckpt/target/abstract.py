@@ -14,7 +14,7 @@ from ray_ckpt.leaves import PerWorker, Slice
 from ray_ckpt.restore import StoredCheckpoint
 from ray_ckpt.target.match import bare, is_placeholder, stored_rule
 from ray_ckpt.target.structure import StoredNames, foreign_containers, leaf_names, stored_tree
-from ray_ckpt.tree import flatten, unflatten
+from ray_ckpt.tree import named_leaves, unflatten
 
 ADVICE = "pass a state, or an abstract one (with jax.ShapeDtypeStruct leaves), as `like`"
 
@@ -28,7 +28,7 @@ def is_function(like: Any) -> bool:
 
 def is_abstract(like: Any) -> bool:
     """True for what only says what a state would be: None, or a state with a leaf that has no value."""
-    return like is None or any(is_placeholder(leaf) for _, leaf in flatten(like).leaves)
+    return like is None or any(map(is_placeholder, named_leaves(like).values()))
 
 
 def why_not_containers(stored: StoredCheckpoint, rank: int, world_size: int) -> str:
@@ -104,12 +104,14 @@ def _traced(jax: Any, make: Callable[[], Any]) -> Any:
     def arrays() -> dict[str, Any]:
         state = make()
         made.append(state)
-        leaves = flatten(state).leaves
+        leaves = named_leaves(state).items()
         return {name: bare(leaf) for name, leaf in leaves if isinstance(bare(leaf), jax.core.Tracer)}
 
     abstract = jax.eval_shape(arrays)
     state = made[-1]
-    values = {name: _marked(leaf, abstract[name]) if name in abstract else leaf for name, leaf in flatten(state).leaves}
+    values = {
+        name: _marked(leaf, abstract[name]) if name in abstract else leaf for name, leaf in named_leaves(state).items()
+    }
     return unflatten(state, values)
 
 
@@ -126,7 +128,7 @@ def _check_placed(stored: StoredCheckpoint, target: Any) -> None:
     """A function that is only traced does not say how its arrays lie on other processes."""
     if stored.metadata is None or not _spans_processes():
         return
-    for name, leaf in flatten(target).leaves:
+    for name, leaf in named_leaves(target).items():
         if stored.metadata.kind(name) == "jax:global" and getattr(leaf, "sharding", None) is None:
             raise StateError(
                 f"{stored.where}: {name} was sharded over processes, and the function does not say how to place it:"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -21,8 +21,7 @@ from ray_ckpt.types import Box
 Combine = Callable[[list[Any]], Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
+class Source(NamedTuple):
     """One stored tensor to be read: the boxes of it, and the value they become.
 
     ``like``: the target's leaf; None: a value of the stored ``kind``. ``dtype``: what the elements are converted
@@ -36,8 +35,7 @@ class Source:
     dtype: np.dtype[Any] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class LeafPlan:
+class LeafPlan(NamedTuple):
     """What one leaf of the target becomes: the value of its only source, or what ``combine`` makes of them."""
 
     name: str
@@ -148,18 +146,20 @@ class Matcher:
 
     def _add(self, name: str, like: Any, sources: Sequence[Source | None], combine: Combine | None = None) -> None:
         # Where there is no source there is a difference, and nothing is read.
-        self.plans.append(LeafPlan(name, like, tuple(filter(None, sources)), combine))
+        found = tuple(source for source in sources if source is not None)
+        self.plans.append(LeafPlan(name, like, found, combine))
 
     def _source(self, name: str, stored_name: str, like: Any) -> Source | None:
         """What to read of a tensor; None, and a difference, if it is not what the target's leaf wants."""
         tensor = self.stored.tensor(stored_name)
-        found = numpy_dtype(tensor.dtype)
         kind = self.stored.metadata.kind(stored_name) if self.stored.metadata else "numpy"
         if like is None:
             want = Wanted(tensor.dtype, tensor.shape, (Box.whole(tensor.shape),))
         else:
             want = wanted(name, like)
-        expected = numpy_dtype(want.dtype)
+            if want.dtype == tensor.dtype and want.shape == tensor.shape:
+                return Source(tensor, kind, like, want.boxes)
+        found, expected = numpy_dtype(tensor.dtype), numpy_dtype(want.dtype)
         same_dtype = found is not None and found == expected
         castable = found is not None and STRING not in (tensor.dtype, want.dtype)
         if tuple(want.shape) == tensor.shape and (same_dtype or (self.cast and castable)):

@@ -13,7 +13,7 @@ from ray_ckpt.target.differences import SHOWN, near_miss
 from ray_ckpt.target.match import Matcher
 from ray_ckpt.target.structure import leaf_names, stored_tree
 from ray_ckpt.target.values import read_values
-from ray_ckpt.tree import flatten, rebuild, unflatten
+from ray_ckpt.tree import named_leaves, rebuild, unflatten
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def _target(stored: StoredCheckpoint, like: Any, rank: int, world_size: int) -> 
     tree = None if like is not None else stored_tree(stored.metadata, rank, world_size)
     if tree is not None:
         return dict.fromkeys(leaf_names(tree)), lambda values: rebuild(tree, values)
-    return dict(flatten(like).leaves), lambda values: unflatten(like, values)
+    return named_leaves(like), lambda values: unflatten(like, values)
 
 
 def _renamer(rename: Rename | None, leaves: Collection[str]) -> Callable[[str], str]:
