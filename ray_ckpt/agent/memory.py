@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ray_ckpt.errors import DamagedError, SaveError, StorageError
 from ray_ckpt.protocol.messages import SegmentInfo, Trigger
-from ray_ckpt.snapshot import Segment, SegmentState, default_folder, reclaim
+from ray_ckpt.snapshot import Segment, SegmentState, default_folder, drop_empty, reclaim
 from ray_ckpt.snapshot.layouts import keep_layout, read_layouts
 from ray_ckpt.types import Layout
 
@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 
 _SUFFIX = ".segment"
 _INCARNATION = "incarnation"
+_ABANDONED_S = 60.0
+"""A segment that nobody has open for so long after it was last filled belongs to nobody."""
+
 _RESERVE = 0.05
 """Share of the tmpfs that is left to others, who may be the training processes."""
 
@@ -44,9 +47,13 @@ class HostMemory:
         """The memory of a run on one host, under ``folder`` or on the machine's tmpfs."""
         name = f"{run}-{host[:12]}"
         if folder is None:
-            return cls(default_folder(name))
-        own = Path(folder) / name
-        own.mkdir(mode=0o700, parents=True, exist_ok=True)
+            own = default_folder(name)
+        else:
+            own = Path(folder) / name
+            own.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # What runs left behind that were killed, or whose cluster ended first, would fill the memory of the host.
+        for path in drop_empty(own.parent, time.time() - _ABANDONED_S):
+            logger.info("%s: removed, as its run is gone", path)
         return cls(own)
 
     def prepare(self, rank: int, nbytes: int, slots: int, living: Collection[int] = ()) -> list[str]:
@@ -89,6 +96,13 @@ class HostMemory:
                     segment.path.unlink(missing_ok=True)
                     del self._segments[name]
                 elif of != rank and of not in living:
+                    self._give_up_unused(name)
+
+    def give_back(self, rank: int) -> None:
+        """Remove the empty segments of a rank that has left."""
+        with self._making, self._lock:
+            for name, segment in list(self._segments.items()):
+                if _rank_of(name) == rank and segment.state is SegmentState.EMPTY:
                     self._give_up_unused(name)
 
     def _give_up_unused(self, name: str) -> None:

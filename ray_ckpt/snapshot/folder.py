@@ -74,6 +74,21 @@ def scan(folder: str | Path) -> list[SegmentInfo]:
     return found
 
 
+def drop_empty(folder: str | Path, older_than: float) -> list[Path]:
+    """Remove the empty segments of all runs in a folder that nobody has open; their paths.
+
+    They hold nothing to recover: their processes were killed before they could give them back. One modified
+    since ``older_than`` (seconds since the epoch) stays, as somebody may be about to open it.
+    """
+    gone = []
+    for run in sorted(Path(folder).glob("*/")):
+        for found in scan(run):
+            if found.state is SegmentState.EMPTY and not found.in_use and found.modified < older_than:
+                with contextlib.suppress(StorageError):
+                    gone.extend([found.path] if reclaim(found.path) else [])
+    return gone
+
+
 @contextlib.contextmanager
 def _exclusive(path: str | Path) -> Iterator[bool]:
     """Whether we are the only user, who holds the file as long as this runs."""

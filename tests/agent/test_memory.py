@@ -59,6 +59,35 @@ def test_memory_of_ranks_that_moved_away_is_given_up(tmp_path: Path) -> None:
     assert not Path(paths[2]).exists()
 
 
+def test_a_rank_that_left_gives_back_what_is_empty_and_unused(tmp_path: Path) -> None:
+    memory = HostMemory(tmp_path)
+    first, second, mapped = (Path(p) for p in memory.prepare(0, 1000, 3))
+    other = Path(memory.prepare(1, 1000, 1, {0})[0])
+    with Segment.open(second, writable=True) as segment, segment.fill(SAVE):
+        segment.seal(json.dumps({**EMPTY_TABLE, "save": asdict(SAVE)}).encode())
+    with Segment.open(mapped):
+        memory.give_back(0)
+        assert [first.exists(), second.exists(), mapped.exists(), other.exists()] == [False, True, True, True]
+    assert [info.name for info in memory.sealed()] == [second.name]
+    assert str(mapped) in memory.prepare(0, 1000, 3, {1})
+
+
+def test_memory_of_runs_that_were_killed_is_removed(tmp_path: Path) -> None:
+    long_ago = time.time() - 3600
+    folders = {name: HostMemory.open(name, "host", str(tmp_path)) for name in ("empty", "sealed", "young", "open")}
+    paths = {name: Path(memory.prepare(0, 1000, 1)[0]) for name, memory in folders.items()}
+    with Segment.open(paths["sealed"], writable=True) as segment, segment.fill(SAVE):
+        segment.seal(json.dumps({**EMPTY_TABLE, "save": asdict(SAVE)}).encode())
+    for name in ("empty", "sealed", "open"):
+        os.utime(paths[name], (long_ago, long_ago))
+    for memory in folders.values():
+        for mapped in memory._segments.values():
+            mapped.close()
+    with Segment.open(paths["open"]):
+        HostMemory.open("new", "host", str(tmp_path))
+    assert {name for name, path in paths.items() if path.exists()} == {"sealed", "young", "open"}
+
+
 def test_while_memory_is_made_the_agent_can_look_at_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     memory = HostMemory(tmp_path)
     create = Segment.create
