@@ -98,8 +98,8 @@ def wanted_jobs(stored: StoredCheckpoint, wanted: Iterable[Wanted]) -> list[Piec
             if job is None:
                 job = jobs[name, number] = PieceJob(name, tensor.dtype, tensor.pieces[number])
             view = out if common is box else cut(out, common.relative_to(box))
-            within = job.piece.box
-            job.targets.append(Target(common if common == within else common.relative_to(within), view))
+            held = job.piece.box
+            job.targets.append(Target(common.relative_to(held) if any(held.offset) else common, view))
     return list(jobs.values())
 
 
