@@ -1,6 +1,7 @@
 """Reading a committed checkpoint: any boxes of any tensors, ranged, concurrent, bounded and checksummed."""
 
 from ray_ckpt.restore.check import Damage, check_bytes
+from ray_ckpt.restore.collector import collector_paused
 from ray_ckpt.restore.engine import DEFAULT_BUDGET_NBYTES, DEFAULT_THREADS, Progress, read_boxes
 from ray_ckpt.restore.jobs import Wanted
 from ray_ckpt.restore.stored import StoredCheckpoint, check_extents, open_checkpoint
@@ -14,6 +15,7 @@ __all__ = [
     "Wanted",
     "check_bytes",
     "check_extents",
+    "collector_paused",
     "open_checkpoint",
     "read_boxes",
 ]

@@ -20,6 +20,7 @@ from ray_ckpt.bundle import (
 )
 from ray_ckpt.errors import DamagedError, MismatchError
 from ray_ckpt.plan import PieceIndex
+from ray_ckpt.restore.collector import collector_paused
 from ray_ckpt.restore.region import Array, cut
 from ray_ckpt.restore.stored import StoredCheckpoint
 from ray_ckpt.types import Box, Shape
@@ -79,6 +80,7 @@ class PieceJob:
         return strings
 
 
+@collector_paused()
 def wanted_jobs(stored: StoredCheckpoint, wanted: Iterable[Wanted]) -> list[PieceJob]:
     """One job for each stored piece that holds a part of what is wanted.
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from ray_ckpt.bundle import combine, crc32c, dtype_of
 from ray_ckpt.errors import DamagedError
+from ray_ckpt.restore.collector import collector_paused
 from ray_ckpt.restore.jobs import PieceJob, Target
 from ray_ckpt.restore.region import Array, scatter, span, spans
 from ray_ckpt.restore.stored import StoredCheckpoint, chunk_crc
@@ -169,6 +170,7 @@ def unbroken(job: PieceJob, target: Target) -> tuple[int, int] | None:
     return first * target.out.itemsize, stop * target.out.itemsize
 
 
+@collector_paused()
 def plan_reads(stored: StoredCheckpoint, jobs: Iterable[PieceJob], read_nbytes: int) -> list[Read]:
     """The reads for these pieces, in the order of the files; none above ``read_nbytes`` but one large string.
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from ray_ckpt.bundle import STRING, Index, StoredTensor, content_crc, decode_strings, index_name, shard_name
 from ray_ckpt.errors import DamagedError, UsageError
 from ray_ckpt.metadata import Metadata, decode
+from ray_ckpt.restore.collector import collector_paused
 from ray_ckpt.storage import Store
 from ray_ckpt.types import CHUNK_NBYTES, METADATA_KEY, Checkpoint
 
@@ -89,7 +90,9 @@ def open_checkpoint(store: Store, which: Checkpoint | str) -> StoredCheckpoint:
 def open_index(store: Store, prefix: str) -> Index:
     """The index alone. Raises as `open_checkpoint` does."""
     path = index_name(prefix)
-    return Index.parse(store.read(path), f"{store.url}/{path}")
+    raw = store.read(path)
+    with collector_paused():
+        return Index.parse(raw, f"{store.url}/{path}")
 
 
 def chunk_table(index: Index, metadata: Metadata | None) -> ChunkCrcs:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from ray_ckpt.errors import MismatchError, StateError, UsageError
-from ray_ckpt.restore import DEFAULT_BUDGET_NBYTES, DEFAULT_THREADS, Progress, StoredCheckpoint
+from ray_ckpt.restore import DEFAULT_BUDGET_NBYTES, DEFAULT_THREADS, Progress, StoredCheckpoint, collector_paused
 from ray_ckpt.target.abstract import ADVICE, from_function, is_function, why_not_containers
 from ray_ckpt.target.differences import SHOWN, near_miss
 from ray_ckpt.target.match import Matcher
@@ -62,8 +62,9 @@ def restore_state(
     if not 0 <= rank < world_size:
         raise UsageError(f"rank must be in 0..world_size-1, found rank {rank} of world_size {world_size}")
     leaves, assemble = _target(stored, like, rank, world_size)
-    matcher = Matcher(stored, rank, world_size, partial, cast, _renamer(rename, leaves))
-    matcher.match(leaves)
+    with collector_paused():
+        matcher = Matcher(stored, rank, world_size, partial, cast, _renamer(rename, leaves))
+        matcher.match(leaves)
     _check(matcher, len(leaves))
     values = read_values(stored, matcher.plans, threads=threads, budget_nbytes=budget_nbytes, progress=progress)
     return assemble({**values, **matcher.kept})

@@ -13,7 +13,7 @@ import numpy as np
 from ray_ckpt.bundle import dtype_of
 from ray_ckpt.errors import MismatchError, UsageError
 from ray_ckpt.leaves import build
-from ray_ckpt.restore import Progress, StoredCheckpoint, check_extents, read_boxes
+from ray_ckpt.restore import Progress, StoredCheckpoint, Wanted, check_extents, collector_paused, read_boxes
 from ray_ckpt.target.match import LeafPlan, Source, bare
 from ray_ckpt.types import Box
 
@@ -40,23 +40,31 @@ def read_values(
     plans = sorted(plans, key=_is_in_place)
     # The size of what has a target is the target's; that of the rest is only what the index claims.
     check_extents(stored, {s.tensor.name for plan in plans for s in plan.sources if s.like is None})
-    pieces = [[_allocate(plan.name, source) for source in plan.sources] for plan in plans]
-    wanted = [
-        (source.tensor.name, box, array)
-        for plan, arrays in zip(plans, pieces, strict=True)
-        for source, boxes in zip(plan.sources, arrays, strict=True)
-        for box, array in boxes.items()
-    ]
+    pieces, wanted = _allocated(plans)
     read_boxes(stored, wanted, threads=threads, budget_nbytes=budget_nbytes, progress=progress)
     del wanted
-    values: dict[str, Any] = {}
     # Last first, so that each leaf's arrays are free as soon as it has been built.
     plans.reverse()
     pieces.reverse()
-    while plans:
-        plan = plans.pop()
-        values[plan.name] = _build_leaf(plan, pieces.pop())
+    values: dict[str, Any] = {}
+    with collector_paused():
+        while plans:
+            plan = plans.pop()
+            values[plan.name] = _build_leaf(plan, pieces.pop())
     return values
+
+
+@collector_paused()
+def _allocated(plans: list[LeafPlan]) -> tuple[list[list[Pieces]], list[Wanted]]:
+    """New arrays for each source of each leaf, and the same as what is to be read."""
+    pieces: list[list[Pieces]] = []
+    wanted: list[Wanted] = []
+    for plan in plans:
+        arrays = [_allocate(plan.name, source) for source in plan.sources]
+        pieces.append(arrays)
+        for source, boxes in zip(plan.sources, arrays, strict=True):
+            wanted += [(source.tensor.name, box, array) for box, array in boxes.items()]
+    return pieces, wanted
 
 
 def _is_in_place(plan: LeafPlan) -> bool:
