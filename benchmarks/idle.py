@@ -106,7 +106,10 @@ def main() -> None:
     packages = ", ".join(f"{name} {version(name)}" for name in ("ray_ckpt", "ray"))
     command = " ".join(["python -m benchmarks.idle", *sys.argv[1:]])
     lines = ["# At idle", "", f"`{command}`, {datetime.now(timezone.utc):%Y-%m-%d}", ""]
-    lines += [f"Python {platform.python_version()}, {packages}, {os.cpu_count()} cores, Linux {platform.release()}.", ""]
+    lines += [
+        f"Python {platform.python_version()}, {packages}, {os.cpu_count()} cores, Linux {platform.release()}.",
+        "",
+    ]
     lines += ["| what | measured |", "|---|---:|", *(f"| {what} | {number:.2f} |" for what, number in rows)]
     text = "\n".join(lines) + "\n"
     sys.stdout.write(text)

@@ -86,7 +86,7 @@ class Run:
         self.frames.send(pickle.dumps((self._calls, method, arguments)))
 
     def _on_answer(self, frame: bytes) -> None:
-        call, result = pickle.loads(frame)  # noqa: S301: from our own child
+        call, result = pickle.loads(frame)
         who = self._asked.pop(call)
         if isinstance(who, SimulatedHost):
             who.on_answer(result)
@@ -213,11 +213,12 @@ def table(rows: list[Row], call_s: float, command: str) -> str:
     packages = ", ".join(f"{name} {version(name)}" for name in ("ray_ckpt", "ray", "numpy"))
     lines += [f"Python {platform.python_version()}, {packages}; {_machine()}.", ""]
     lines += [
-        "One worker a host, 20 steps/s; the hosts are simulated by another process on the same machine. CPU and memory",
-        "are those of the coordinator's process, which runs the real actor without Ray; \"with Ray\" adds "
-        f"{1e6 * call_s:.0f} us a call,", "what an async actor of this Ray takes here for an empty call. Seconds are wall time, the worst of "
-        f"{SAVES} saves.", "",
-    ]  # fmt: skip
+        "One worker a host, 20 steps/s; another process on the same machine simulates the hosts. CPU and memory are",
+        'those of the coordinator\'s process, which runs the real actor without Ray; "with Ray" adds',
+        f"{1e6 * call_s:.0f} us a call, what an async actor of this Ray takes here for an empty one. Seconds are wall",
+        f"time, the worst of {SAVES} saves.",
+        "",
+    ]
     lines += ["| " + " | ".join(heads) + " |", "|" + "---:|" * len(heads)]
     for r in rows:
         cells = (
@@ -231,9 +232,15 @@ def table(rows: list[Row], call_s: float, command: str) -> str:
 
 
 def _machine() -> str:
-    models = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    models = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if "model name" in line
+    ]
     memory = int(Path("/proc/meminfo").read_text().split()[1]) / 2**20
-    return f"{len(models)} x {models[0] if models else platform.machine()}, {memory:.0f} GiB, Linux {platform.release()}"
+    return (
+        f"{len(models)} x {models[0] if models else platform.machine()}, {memory:.0f} GiB, Linux {platform.release()}"
+    )
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
-"""The coordinator's process in `benchmarks.scale`: the real actor, its event loop, I/O threads and store; no Ray cluster.
+"""The coordinator's process in `benchmarks.scale`: the real actor with its event loop, I/O threads and store.
 
 Calls come in frames over a socket, as pickles of (call, method, arguments); answers go back as pickles of (call,
-result) made by Ray's own cloudpickle. What Ray's transport costs beside is measured apart.
+result) made by Ray's own cloudpickle. There is no Ray cluster: what its transport costs is measured apart.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Server:
         self.calls = self.nbytes_in = self.nbytes_out = 0
 
     def _on_frame(self, frame: bytes) -> None:
-        call, method, arguments = pickle.loads(frame)  # noqa: S301: from the parent
+        call, method, arguments = pickle.loads(frame)
         self.calls += method == "exchange"
         self.nbytes_in += len(frame)
         task = asyncio.get_running_loop().create_task(self._answer(call, method, arguments))

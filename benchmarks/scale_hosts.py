@@ -1,9 +1,9 @@
-"""Simulated hosts for `benchmarks.scale`: the real agents' and workers' machines, one worker a host, without their I/O."""
+"""Simulated hosts for `benchmarks.scale`: the real machines of agents and workers, one worker a host, without I/O."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -202,8 +202,3 @@ class SimulatedHost:
         if key not in self._runs:
             self._runs[key] = encode_run(sorted(pairs))
         return self._runs[key], offset
-
-
-def all_hold(hosts: Sequence[SimulatedHost], what: Callable[[SimulatedHost], bool]) -> bool:
-    """Whether it is true of every host."""
-    return all(what(host) for host in hosts)

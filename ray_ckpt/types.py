@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Shape = tuple[int, ...]
 
@@ -86,6 +86,16 @@ class Layout:
     tree: str
     fingerprint: str
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A pickle of one object a leaf takes ten times as long, and coordinators get them of a million leaves.
+        leaves = [(x.name, x.dtype, x.shape, [(b.offset, b.shape) for b in x.boxes], x.kind) for x in self.leaves]
+        return _layout, (leaves, self.tree, self.fingerprint)
+
+
+def _layout(leaves: list[tuple[str, str, Shape, list[tuple[Shape, Shape]], str]], tree: str, digest: str) -> Layout:
+    specs = (LeafSpec(n, d, s, tuple(Box(*b) for b in boxes), k) for n, d, s, boxes, k in leaves)
+    return Layout(tuple(specs), tree, digest)
+
 
 @dataclass(frozen=True, slots=True)
 class Copy:
@@ -127,6 +137,17 @@ class RankPlan:
     num_writers: int
     fixed_nbytes: int
     checks: tuple[int, ...]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # For the same reason as a layout's.
+        copies = [(c.leaf, c.box.offset, c.box.shape, c.start, c.nbytes) for c in self.copies]
+        rest = (self.writers, self.writer_base, self.num_writers, self.fixed_nbytes, self.checks)
+        return _rank_plan, (self.plan_id, self.rank, copies, *rest)
+
+
+def _rank_plan(plan_id: str, rank: int, copies: list[tuple[int, Shape, Shape, int, int]], *rest: Any) -> RankPlan:
+    made = tuple(Copy(leaf, Box(offset, shape), start, nbytes) for leaf, offset, shape, start, nbytes in copies)
+    return RankPlan(plan_id, rank, made, *rest)
 
 
 @dataclass(frozen=True, slots=True)

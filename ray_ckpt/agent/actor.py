@@ -15,6 +15,7 @@ from ray.exceptions import RayError
 
 from ray_ckpt.agent.memory import HostMemory
 from ray_ckpt.agent.pool import WriterPool
+from ray_ckpt.agent.watch import when_ended
 from ray_ckpt.coordinator import find_or_start, run_id
 from ray_ckpt.errors import SaveError, StorageError
 from ray_ckpt.protocol.host import Free, HostLogic, StartWrite
@@ -25,8 +26,9 @@ from ray_ckpt.types import ShardReport
 
 logger = logging.getLogger(__name__)
 
-_POLL_S = 1.0
-_LOOK_S = 0.2
+_AGAIN_S = 1.0
+_LOOK_S = 2.0
+"""Deaths and snapshots are told of; this is for those of which no word came."""
 _DEBOUNCE_S = 0.005
 _WRITE_S = 60.0
 _SLOWEST = 1e6
@@ -76,6 +78,7 @@ class Agent:
         self._start()
         if report.worker not in self._processes:
             self._processes[report.worker] = ProcessId.of(pid)
+            when_ended(pid, self._look_around)
         if report.layout is not None:
             self._memory_now.keep_layout(report.layout)
         self._logic.on_worker(report)
@@ -130,13 +133,13 @@ class Agent:
         store = open_store(self._url, storage_options=self._options, single_coordinator=self._single_coordinator)
         self._pool = WriterPool(self._node_id, store)
         self._pool.warm_up(self._logic.max_writes)
-        for work in (self._poll, self._push, self._watch):
+        for work in (self._ask, self._watch):
             self._spawn(self._keep_doing(work))
 
     async def _start_alone(self) -> None:
         """Start without a call; end where that fails and nobody needs this agent."""
         while self._pool is None:
-            await asyncio.sleep(_POLL_S)
+            await asyncio.sleep(_AGAIN_S)
             try:
                 self._start()
             except Exception as error:
@@ -158,7 +161,7 @@ class Agent:
                 await work()
             except Exception:
                 logger.exception("%s: the agent goes on after an unexpected error", self._url)
-                await asyncio.sleep(_POLL_S)
+                await asyncio.sleep(_AGAIN_S)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -169,7 +172,8 @@ class Agent:
         """Look at the memory and act; always after the workers' reports have been taken in."""
         self._logic.on_segments(self._memory_now.sealed())
         self._act()
-        self._news.set()
+        if self._logic.news:
+            self._news.set()
 
     def _act(self) -> None:
         for action in self._logic.take():
@@ -219,33 +223,40 @@ class Agent:
 
     # -- the coordinator -------------------------------------------------------------------------------------------
 
-    async def _poll(self) -> None:
-        """Always have one question open, so that decisions arrive at once."""
-        await self._exchange(_POLL_S)
+    async def _ask(self) -> None:
+        """Always have one question open, so that decisions arrive at once.
 
-    async def _push(self) -> None:
-        """Send news at once, several together where they come fast."""
-        await self._news.wait()
-        await asyncio.sleep(_DEBOUNCE_S)
+        With news, several together where they come fast, ask anew: that ends the older question.
+        """
         self._news.clear()
-        await self._exchange(0.0)
+        asked = asyncio.ensure_future(self._exchange())
+        self._tasks.add(asked)
+        asked.add_done_callback(self._tasks.discard)
+        news = asyncio.ensure_future(self._news.wait())
+        await asyncio.wait({asked, news}, return_when=asyncio.FIRST_COMPLETED)
+        news.cancel()
+        if not asked.done():
+            await asyncio.sleep(_DEBOUNCE_S)
+        elif asked.exception() is not None:
+            asked.result()
 
-    async def _exchange(self, wait_s: float) -> None:
+    async def _exchange(self) -> None:
         known = self._logic.view
         seen = (known.epoch, known.version) if known else (0, -1)
         if self._coordinator is None and self._logic.idle:
             # Nobody here needs one: to start it would take the directory from a newer job.
-            await asyncio.sleep(_POLL_S)
+            await asyncio.sleep(_AGAIN_S)
             return
         try:
             if self._coordinator is None:
                 self._coordinator = find_or_start(self._url, self._options, single_coordinator=self._single_coordinator)
+            wait_s = known.poll_s if known else _AGAIN_S
             view: HostView | None = await self._coordinator.exchange.remote(self._logic.report(), seen, wait_s)
         except RayError as error:
             # Ray is restarting it, or it is gone for good and the next look-up starts another.
             logger.warning("the coordinator of %s does not answer: %s", self._url, error)
             self._coordinator = None
-            await asyncio.sleep(_POLL_S)
+            await asyncio.sleep(_AGAIN_S)
             return
         if view is not None:
             self._logic.on_view(view)
@@ -254,14 +265,14 @@ class Agent:
             self._changed = asyncio.Event()
 
     async def _watch(self) -> None:
-        """Notice workers that died, segments that were sealed without a word, and the end of the run."""
+        """Notice what nobody has told of, and the end of the run."""
         await asyncio.sleep(_LOOK_S)
+        self._look_around()
+        self._end_if_idle()
+
+    def _look_around(self) -> None:
+        """Notice workers that died, and segments that were sealed without a word."""
         for worker, process in self._processes.items():
             if not process.alive:
                 self._logic.on_worker_dead(worker)
-        before = self._logic.fingerprint
-        self._logic.on_segments(self._memory_now.sealed())
-        self._act()
-        if self._logic.fingerprint != before:
-            self._news.set()
-        self._end_if_idle()
+        self._look()

@@ -17,7 +17,8 @@ from ray_ckpt.protocol.worker import WorkerLogic
 
 logger = logging.getLogger(__name__)
 
-_POLL_S = 1.0
+_FIRST_POLL_S = 1.0
+"""Before the coordinator has said how long a question may stay open."""
 _AGAIN_S = 0.5
 _LAST_WORD_S = 5.0
 
@@ -48,6 +49,7 @@ class Courier:
         self._closing = False
         self._open: list[Any] = []
         self._seen = (0, -1)
+        self._poll_s = _FIRST_POLL_S
         self._thread = threading.Thread(target=self._run, name="ray-ckpt-courier", daemon=True)
 
     def start(self) -> None:
@@ -100,7 +102,7 @@ class Courier:
             self._news = False
             self._send(0.0)
         if not self._open:
-            self._send(_POLL_S)
+            self._send(self._poll_s)
 
     def _send(self, wait_s: float) -> None:
         ref = self._ask(wait_s)
@@ -117,6 +119,7 @@ class Courier:
             if answer is None:
                 continue
             epoch, version, view = answer
+            self._poll_s = view.poll_s
             with self._condition:
                 self._logic.on_view(epoch, version, view)
                 self._seen = max(self._seen, (epoch, version))

@@ -8,13 +8,13 @@ import os
 import socket
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import ray
 
 from ray_ckpt.coordinator.clock import Clock
 from ray_ckpt.coordinator.executor import Executor
+from ray_ckpt.coordinator.questions import Questions, Seen
 from ray_ckpt.coordinator.threads import IoThreads
 from ray_ckpt.errors import StorageError
 from ray_ckpt.protocol.coordinator import CoordinatorLogic
@@ -25,14 +25,15 @@ from ray_ckpt.storage import open_store
 logger = logging.getLogger(__name__)
 
 _TICK_S = 0.2
-_AFTER_ERROR_S = 1.0
+_IDLE_TICK_S = 0.5
+_PAUSE = 3.0
+"""After a derivation, so many times what it took before the next: a quarter of a core at most."""
+_IDLE_PAUSE = 20.0
+"""The same where nothing has changed but the time."""
 _ABANDONED_S = 600.0
-"""Agents call every second: when none has for so long, nobody will, whatever is left to do (storage may be gone)."""
+"""Agents call every few seconds: when none has for so long, nobody will, whatever is left to do."""
 _IO_THREADS = 8
 _IO_TIMEOUT_S = 300.0
-
-Seen = tuple[int, int]
-"""(epoch, version) of the newest view that a host has; (0, -1) before the first."""
 
 
 class Coordinator:
@@ -54,7 +55,9 @@ class Coordinator:
         self._threads = IoThreads(_IO_THREADS)
         self._clock = Clock()
         self._changed = asyncio.Event()
-        self._sent: dict[str, HostView] = {}
+        self._questions = Questions(self._logic.view)
+        self._deriving: asyncio.TimerHandle | None = None
+        self._derived_at = self._took_s = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
         self._busy_at = self._called_at = time.monotonic()
         # By itself: Ray starts it again after a crash, and then perhaps nobody calls.
@@ -63,33 +66,36 @@ class Coordinator:
     # -- called by agents ---------------------------------------------------------------------------------
 
     async def exchange(self, report: HostReport, seen: Seen, wait_s: float) -> HostView | None:
-        """Take a host's report in; answer with its view once that differs from the one ``seen``, or in ``wait_s``."""
-        self._start()
-        self._logic.on_report(report, self._clock.now())
-        self._pump()
-        deadline = time.monotonic() + wait_s
-        while True:
-            view = self._fresh_view(report.host, seen)
-            left = deadline - time.monotonic()
-            if view is not None or left <= 0:
-                return view
-            changed = self._changed
-            try:
-                await asyncio.wait_for(changed.wait(), left)
-            except asyncio.TimeoutError:
-                return None
+        """Take a host's report in; answer with its view once that differs from the one ``seen``, or in ``wait_s``.
 
-    def _fresh_view(self, host: str, seen: Seen) -> HostView | None:
-        """The host's view, None if it says what the host has already."""
-        view = self._logic.view(host)
-        if view is None:
+        None: there is no other view, or a newer question of the same host has come.
+        """
+        self._start()
+        if self._logic.take_in(report, self._clock.now()):
+            self._derive_soon()
+        if self._logic.roster.report(report.host) is not report:
+            # From before: the agent that asks now has its own question open.
+            await asyncio.sleep(wait_s)
             return None
-        sent = self._sent.get(host)
-        same = sent is not None and replace(sent, version=view.version) == view
-        if same and sent is not None and (sent.epoch, sent.version) <= seen:
-            return None
-        self._sent[host] = view
-        return view
+        return await self._questions.ask(report.host, seen, wait_s)
+
+    def _derive_soon(self) -> None:
+        """Once for all reports that have come by then; with many workers only so often that time is left."""
+        if self._deriving is None:
+            wait_s = self._derived_at + _PAUSE * self._took_s - time.monotonic()
+            self._deriving = asyncio.get_running_loop().call_later(max(wait_s, 0.0), self._derive)
+
+    def _derive(self) -> None:
+        self._deriving = None
+        began = time.monotonic()
+        try:
+            self._logic.derive(self._clock.now())
+        except Exception:
+            # Without further derivations no deadline would pass and the actor would never end.
+            logger.exception("%s: the coordinator goes on after an unexpected error", self._url)
+        self._pump()
+        self._derived_at = time.monotonic()
+        self._took_s = self._derived_at - began
 
     # -- called by drivers and the command line -----------------------------------------------------------
 
@@ -142,9 +148,10 @@ class Coordinator:
         task.add_done_callback(self._tasks.discard)
 
     def _pump(self) -> None:
-        """Start what the machine wants done, and wake whoever waits for news."""
+        """Start what the machine wants done, and answer those for whom there is news."""
         for io_id, io in self._logic.take():
             self._spawn(self._run(io_id, io))
+        self._questions.answer(self._logic.views.take_changed())
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -161,8 +168,9 @@ class Coordinator:
         if isinstance(result, IoFailedError):
             logger.warning("%s: %s: %s", self._url, what, result)
         try:
-            self._logic.on_io(io_id, result, self._clock.now())
+            self._logic.answered(io_id, result, self._clock.now())
             self._pump()
+            self._derive_soon()
         except Exception:
             # The flow that waited for this answer is lost, and with it a save: the next process begins anew.
             logger.exception("%s: the coordinator ends: it failed at the answer to %s", self._url, what)
@@ -171,15 +179,12 @@ class Coordinator:
     async def _tick(self) -> None:
         """Keep the machine's time; end what nobody needs: a leaked actor would keep its node from scaling down."""
         while True:
-            await asyncio.sleep(_TICK_S)
-            try:
-                if self._executor is not None:
-                    self._logic.on_tick(self._clock.now())
-            except Exception:
-                # Without ticks no deadline would pass and the actor would never end.
-                logger.exception("%s: the coordinator goes on after an unexpected error", self._url)
-                await asyncio.sleep(_AFTER_ERROR_S)
-            self._pump()
+            busy = self._logic.busy
+            await asyncio.sleep(_TICK_S if busy else _IDLE_TICK_S)
+            self._clock.now()
+            paused_s = time.monotonic() - self._derived_at
+            if self._executor is not None and (busy or paused_s > _IDLE_PAUSE * self._took_s):
+                self._derive_soon()
             if self._executor is not None and not self._logic.idle:
                 self._busy_at = time.monotonic()
             fenced = self._logic.ledger.phase == "fenced"

@@ -44,7 +44,8 @@ def find_or_start(url: str, storage_options: Mapping[str, Any], *, single_coordi
         "namespace": NAMESPACE,
         "lifetime": "detached",
         "get_if_exists": True,
-        "max_concurrency": 10_000,
+        # Each host's open question is a call under way.
+        "max_concurrency": 100_000,
     }
     head = _head_node()
     if head is not None:

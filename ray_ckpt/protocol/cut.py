@@ -6,28 +6,36 @@ reached the step; once all have accepted, it is decided. A refusal drops the pro
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from ray_ckpt.policy import align, crosses, first_crossing
 from ray_ckpt.protocol.ledger import Ledger
 from ray_ckpt.protocol.messages import JobConfig, Proposal, SaveOutcome, WorkerReport
+from ray_ckpt.protocol.pace import WATCHED_S
 from ray_ckpt.protocol.saves import Saves
 
 _MARGIN_MAX = 1 << 20
 _OPEN_MAX_S = 60.0
 _KEPT = 16
+_AHEAD_S = 2 * WATCHED_S
+"""So long before a save by time is due, the loops' steps are watched."""
 
 Reports = dict[int, WorkerReport]
 
 
 class Cut:
-    """Proposals of the present generation and the wishes they come from."""
+    """Proposals of the present generation and the wishes they come from.
+
+    ``stepped`` says when a worker's own word last came in.
+    """
 
     def __init__(self, ledger: Ledger, saves: Saves) -> None:
         self._ledger = ledger
         self._saves = saves
         self.requests: dict[str, str] = {}
         self.request_outcomes: dict[str, SaveOutcome] = {}
+        self.stepped: Callable[[], float] = lambda: self._ledger.now
         self._margin = 1
         self.reset()
 
@@ -41,6 +49,7 @@ class Cut:
         self._timer: float | None = None
         self._count = 0
         self._since: float | None = None
+        self._watching_since: float | None = None
 
     def want_stop(self, reason: str, error: str | None = None) -> None:
         """All workers shall stop at one step; with ``error`` they raise it instead of saving."""
@@ -68,8 +77,43 @@ class Cut:
         stepping = {rank: r for rank, r in reports.items() if rank not in gone}
         complete = len(reports) == world_size and all(r.started for r in reports.values())
         failing = self.stop is not None and self.stop.error is not None
-        if complete and stepping and (not gone or failing):
+        able = complete and bool(stepping) and (not gone or failing)
+        if able and self._is_fresh:
             self._propose(config, stepping)
+        if not (able and self._is_wanted(config)):
+            self._watching_since = None
+        elif self._watching_since is None:
+            self._watching_since = self._ledger.now
+
+    @property
+    def watching(self) -> bool:
+        """Whether a proposal is near, so that the steps which the loops have reached are to be told at once."""
+        return self._watching_since is not None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a proposal is near or open."""
+        return self.watching or any(p.state == "open" for p in self.proposals.values())
+
+    @property
+    def _is_fresh(self) -> bool:
+        """Whether the steps known are the loops' present ones, or nobody tells newer ones for a while."""
+        now = self._ledger.now
+        waited = self._watching_since is not None and now >= self._watching_since + WATCHED_S
+        return waited or now <= self.stepped() + WATCHED_S
+
+    def _is_wanted(self, config: JobConfig) -> bool:
+        """Whether the next proposal is due, or soon will be."""
+        if self._stopping:
+            return False
+        if config.save_steps is not None and config.overlap != "wait":
+            return True
+        if any(p.state == "open" for p in self.proposals.values()):
+            return False
+        if self.stop is not None or any(r not in self._request_steps for r in self.requests):
+            return True
+        timed = config.save_secs is not None and self._timer is not None
+        return timed and self._ledger.now >= (self._timer or 0.0) + (config.save_secs or 0.0) - _AHEAD_S
 
     def _take_requests(self, reports: Reports) -> None:
         for report in reports.values():

@@ -76,7 +76,7 @@ class Generations:
     def update(self) -> None:
         """Take in the roster after an event."""
         for _, report in list(self._roster.workers()):
-            if report.finished and report.worker not in self.members.values() and not report.started:
+            if report.finished and self.members.get(report.rank) != report.worker and not report.started:
                 # It has left before it began; its host only repeats its last word.
                 continue
             if report.worker not in self.refused and not self._roster.dead(report.worker):
@@ -97,14 +97,14 @@ class Generations:
                 return
             self.config = self.config or report.config
             self.started = self.started or report.started
-        elif report.started or (bound and report.worker not in self.members.values()):
+        elif report.started or (bound and self.members.get(report.rank) != report.worker):
             # Not started, but left out when a newer generation was sealed: a leftover that must not join the next.
             number = current.number if current else 0
             self._refuse(
                 report.worker,
                 f"generation {report.generation} is over: the job was started again (now generation {number})",
             )
-        elif report.worker not in self.members.values():
+        elif self.members.get(report.rank) != report.worker:
             self._join(report)
 
     def _refuse(self, worker: str, reason: str) -> None:

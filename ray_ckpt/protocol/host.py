@@ -18,6 +18,7 @@ from ray_ckpt.protocol.messages import (
     WriteFailure,
     WriteOrder,
 )
+from ray_ckpt.protocol.pace import is_news
 from ray_ckpt.types import Layout, ShardReport
 
 
@@ -62,6 +63,7 @@ class HostLogic:
         self._shards: dict[tuple[str, int], ShardReport] = {}
         self._failures: dict[tuple[str, int], WriteFailure] = {}
         self._sequence = 0
+        self._news = False
 
     # -- events -----------------------------------------------------------------------------------
 
@@ -72,13 +74,15 @@ class HostLogic:
             return
         if report.layout is not None:
             self._layouts[report.layout.fingerprint] = report.layout
+        self._news |= is_news(report, known, steps=self.view is not None and self.view.watched)
         self.workers[report.worker] = replace(report, layout=None)
         self._dead.discard(report.worker)
 
     def on_worker_dead(self, worker: str) -> None:
         """The process of a local worker is gone."""
-        if worker in self.workers:
+        if worker in self.workers and worker not in self._dead:
             self._dead.add(worker)
+            self._news = True
 
     def on_segments(self, sealed: Iterable[SegmentInfo], layouts: Mapping[str, Layout] | None = None) -> None:
         """All sealed snapshots that lie in this host's memory now.
@@ -86,7 +90,9 @@ class HostLogic:
         Look at the memory after taking in the workers' reports: then a worker that has gone past a step
         without a snapshot of it is one that will never have one.
         """
-        self._segments = {s.name: s for s in sealed}
+        found = {s.name: s for s in sealed}
+        self._news |= found != self._segments
+        self._segments = found
         self._freeing &= self._segments.keys()
         self._layouts.update(layouts or {})
 
@@ -103,6 +109,7 @@ class HostLogic:
         """A shard is whole and durable."""
         self._writing.discard((start.segment.name, start.local))
         self._shards[start.order.attempt, start.writer] = shard
+        self._news = True
 
     def on_write_failed(self, start: StartWrite, error: str, *, final: bool) -> None:
         """A try ended without a shard; ``final``: no try is left, or none would help."""
@@ -110,6 +117,7 @@ class HostLogic:
         if final:
             failure = WriteFailure(start.order.attempt, start.writer, error)
             self._failures[start.order.attempt, start.writer] = failure
+            self._news = True
 
     def on_freed(self, name: str) -> None:
         """The segment has been emptied (or is gone)."""
@@ -156,6 +164,7 @@ class HostLogic:
     def report(self) -> HostReport:
         """This host's whole state; what the coordinator has acknowledged is left out."""
         self._sequence += 1
+        self._news = False
         acknowledged = set(self.view.fingerprints) if self.view else set()
         done = {(o.attempt, w) for o in self.view.orders for w in o.done} if self.view else set()
         wanted = {s.fingerprint for s in self._segments.values()}
@@ -184,12 +193,12 @@ class HostLogic:
             return None
         report = self.workers.get(worker)
         held = report.fingerprint if report and report.fingerprint in self._layouts else None
-        return self.view.epoch, self.view.version, replace(view, fingerprint=held)
+        return self.view.epoch, self.view.version, replace(view, fingerprint=held, poll_s=self.view.poll_s)
 
     @property
-    def fingerprint(self) -> tuple[frozenset[str], frozenset[tuple[str, int, int]]]:
-        """Changes exactly when a death or a snapshot is noticed that no report has told of."""
-        return frozenset(self._dead), frozenset((s.name, *s.save) for s in self._segments.values())
+    def news(self) -> bool:
+        """Whether there is something to tell that does not wait for the next beat."""
+        return self._news
 
     @property
     def idle(self) -> bool:

@@ -161,7 +161,8 @@ class WorkerView:
 
     ``refused``: this process belongs to a start of the job that is over, or cannot join; the reason.
     ``error``: the job cannot go on as it is (raised by the next call); ``late``: whom the coordinator waits for.
-    ``plan`` was made for the layout ``plan_fingerprint``; ``fingerprint`` is the layout that has arrived.
+    ``plan`` was made for the layout ``plan_fingerprint``; ``fingerprint`` is the layout that has arrived. ``poll_s``:
+    how long the worker leaves its question for the next view open.
     """
 
     worker: str
@@ -178,6 +179,7 @@ class WorkerView:
     outcomes: tuple[SaveOutcome, ...] = ()
     requests: tuple[tuple[str, SaveOutcome], ...] = ()
     late: str = ""
+    poll_s: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +246,7 @@ class HostReport:
 class WriteOrder:
     """Write every sealed snapshot of this save that you hold. Shard of try t of writer i: t*W + i.
 
-    ``done`` are writers whose report has arrived at the coordinator.
+    ``done`` are those of the host's writers whose report has arrived at the coordinator.
     """
 
     attempt: str
@@ -277,7 +279,8 @@ class HostView:
     """What concerns one host.
 
     A snapshot may be freed if its save is in ``decided`` or its generation is below ``oldest_generation``.
-    ``fingerprints`` are the layouts that have arrived.
+    ``fingerprints`` are the layouts that have arrived. ``poll_s``: how long the host leaves its question for the next
+    view open. ``watched``: the steps of its workers' loops are news as well.
     """
 
     epoch: int
@@ -287,6 +290,8 @@ class HostView:
     decided: tuple[tuple[int, int], ...] = ()
     oldest_generation: int = 0
     fingerprints: tuple[str, ...] = ()
+    poll_s: float = 1.0
+    watched: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ray_ckpt.protocol.messages import HostReport, SegmentInfo, WorkerReport
+from ray_ckpt.protocol.pace import spread_s
+
+Save = tuple[int, int]
 
 
 @dataclass(slots=True)
@@ -17,11 +20,18 @@ class Host:
 
 
 class Roster:
-    """Level-triggered: a newer report replaces all that an older one said."""
+    """Level-triggered: a newer report replaces all that an older one said.
+
+    ``stepped`` is when a worker's own word last came in: what is known of the loops' steps is as old as that.
+    """
 
     def __init__(self) -> None:
         self.hosts: dict[str, Host] = {}
         self.worker_hosts: dict[str, str] = {}
+        self.stepped = float("-inf")
+        self._workers: dict[str, WorkerReport] = {}
+        self._sequences: dict[str, int] = {}
+        self._segments: dict[tuple[int, Save], dict[str, SegmentInfo]] = {}
 
     def update(self, report: HostReport, now: float) -> bool:
         """Take a report in; False if it is older than what is known.
@@ -29,17 +39,39 @@ class Roster:
         An agent's new incarnation starts its sequence again; its old incarnation is gone for good, so
         whichever incarnation is heard of first after the other wins only by being new.
         """
-        known = self.hosts.get(report.host)
+        known = self.report(report.host)
         if known is not None:
-            same = known.report.incarnation == report.incarnation
-            if (same and report.sequence <= known.report.sequence) or (
-                not same and report.incarnation < known.report.incarnation
-            ):
+            same = known.incarnation == report.incarnation
+            if (same and report.sequence <= known.sequence) or (not same and report.incarnation < known.incarnation):
                 return False
+            self._forget(known)
         self.hosts[report.host] = Host(report, now)
+        for segment in report.segments:
+            self._segments.setdefault((segment.rank, segment.save), {})[report.host] = segment
         for worker in report.workers:
+            if worker.sequence > self._sequences.get(worker.worker, -1):
+                self._sequences[worker.worker] = worker.sequence
+                self.stepped = now
+            self._workers[worker.worker] = worker
             self.worker_hosts[worker.worker] = report.host
         return True
+
+    def _forget(self, report: HostReport) -> None:
+        """What only an older report of a host said."""
+        for segment in report.segments:
+            key = segment.rank, segment.save
+            held = self._segments.get(key, {})
+            held.pop(report.host, None)
+            if not held:
+                self._segments.pop(key, None)
+        for worker in report.workers:
+            if self.worker_hosts.get(worker.worker) == report.host:
+                self._workers.pop(worker.worker, None)
+
+    def report(self, host: str) -> HostReport | None:
+        """The newest report of one host."""
+        known = self.hosts.get(host)
+        return known.report if known is not None else None
 
     def workers(self) -> Iterator[tuple[str, WorkerReport]]:
         """(host, report) of every worker anyone has reported."""
@@ -49,10 +81,7 @@ class Roster:
 
     def worker(self, worker: str) -> WorkerReport | None:
         """The newest report of one worker."""
-        host = self.hosts.get(self.worker_hosts.get(worker, ""))
-        if host is None:
-            return None
-        return next((w for w in host.report.workers if w.worker == worker), None)
+        return self._workers.get(worker)
 
     def dead(self, worker: str) -> bool:
         """Whether the worker's own host says that its process is gone."""
@@ -62,18 +91,20 @@ class Roster:
     def silent(self, worker: str, before: float) -> bool:
         """Whether the worker's host has not been heard of since ``before``."""
         host = self.hosts.get(self.worker_hosts.get(worker, ""))
-        return host is None or host.seen < before
+        return host is None or self.host_silent(host, before)
+
+    def host_silent(self, host: Host, before: float) -> bool:
+        """Whether a host has not been heard of since ``before``; where hosts are many, each speaks more seldom."""
+        return host.seen < before - spread_s(len(self.hosts))
 
     def host_name(self, worker: str) -> str:
         """A name people know for the worker's host."""
         host = self.hosts.get(self.worker_hosts.get(worker, ""))
         return (host.report.name or host.report.host) if host else "an unknown host"
 
-    def segment(self, worker: str, rank: int, save: tuple[int, int]) -> SegmentInfo | None:
+    def segment(self, worker: str, rank: int, save: Save) -> SegmentInfo | None:
         """The sealed snapshot of a rank for a save, wherever it lies (its own host first)."""
-        first = self.hosts.get(self.worker_hosts.get(worker, ""))
-        for host in [first, *self.hosts.values()] if first else self.hosts.values():
-            for segment in host.report.segments:
-                if segment.rank == rank and segment.save == save:
-                    return segment
-        return None
+        held = self._segments.get((rank, save))
+        if held is None:
+            return None
+        return held.get(self.worker_hosts.get(worker, "")) or next(iter(held.values()))

@@ -88,15 +88,14 @@ class SaveState:
     @property
     def order(self) -> WriteOrder:
         """What the hosts are told to write."""
-        return WriteOrder(
-            self.attempt,
-            *self.key,
-            self.plan_id,
-            self.prefix,
-            self.num_writers,
-            self.max_tries,
-            tuple(sorted(self.shards)),
-        )
+        return WriteOrder(self.attempt, *self.key, self.plan_id, self.prefix, self.num_writers, self.max_tries)
+
+    def order_for(self, report: HostReport) -> WriteOrder:
+        """The order as one host gets it: with what has arrived of its own writers' work, not of all others'."""
+        held = [range(s.writer_base, s.writer_base + s.writers) for s in report.segments if s.save == self.key]
+        mine = {w for writers in held for w in writers}
+        mine.update(shard.writer for shard in report.shards if shard.attempt == self.attempt)
+        return replace(self.order, done=tuple(sorted(mine & self.shards.keys())))
 
     def to(self, stage: Stage) -> None:
         """Change the stage; an impossible change is a bug and tells the save's story."""
@@ -286,7 +285,8 @@ class Saves:
                 continue
             writers = range(segment.writer_base, segment.writer_base + segment.writers)
             host = self._roster.hosts.get(save.holders[rank])
-            if host is not None and host.seen < silent and any(w not in save.shards for w in writers):
+            late = host is not None and self._roster.host_silent(host, silent)
+            if host is not None and late and any(w not in save.shards for w in writers):
                 return host.report.name or host.report.host
         return None
 

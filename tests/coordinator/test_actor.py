@@ -30,7 +30,7 @@ def test_a_flow_that_fails_ends_the_process_loudly(
 
     async def run() -> None:
         coordinator = Coordinator(str(tmp_path), {}, single_coordinator=False, lease_s=60.0)
-        monkeypatch.setattr(coordinator._logic, "on_io", fail)
+        monkeypatch.setattr(coordinator._logic, "answered", fail)
         await coordinator.status()
         while not codes:
             await asyncio.sleep(0.01)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ray_ckpt.testing.simulator.host import Agent, Host
 
 TICK_S = 0.5
+DERIVE_S = 0.02
 
 
 class Coordinator(Process):
@@ -28,6 +29,7 @@ class Coordinator(Process):
         self.logic = CoordinatorLogic("sim://run", self.name)
         self._agents: dict[str, Agent] = {}
         self._said: dict[str, HostView] = {}
+        self._deriving = False
         self.later(0.0, self._start)
 
     def _start(self) -> None:
@@ -40,18 +42,36 @@ class Coordinator(Process):
         self.later(TICK_S, self._tick)
         self.logic.on_tick(self.world.now)
         self._pump()
+        for agent in list(self._agents.values()):
+            self._tell(agent)
 
     def on_report(self, report: HostReport, agent: Agent) -> None:
         """A host reports; it is answered with its view."""
         if not self.alive:
             return
         self.world.point(self)
-        self.logic.on_report(report, self.world.now)
-        self._pump()
+        if self.logic.take_in(report, self.world.now):
+            # As the actor does: one derivation for all that has come by then.
+            self.derive_soon()
         self._agents[agent.where] = agent
         self._said.pop(agent.name, None)
         self._tell(agent)
         self.world.point(self)
+
+    def derive_soon(self) -> None:
+        """Once for several reports."""
+        if not self._deriving:
+            self._deriving = True
+            self.later(DERIVE_S, self._derive)
+
+    def _derive(self) -> None:
+        self._deriving = False
+        self.world.point(self)
+        self.logic.derive(self.world.now)
+        self._pump()
+        for host in sorted(self.logic.views.take_changed()):
+            if host in self._agents:
+                self._tell(self._agents[host])
 
     def request_save(self, request_id: str) -> None:
         """The driver asks for a save."""
@@ -79,10 +99,9 @@ class Coordinator(Process):
 
     def _answer(self, io_id: int, result: Any) -> None:
         self.world.point(self)
-        self.logic.on_io(io_id, result, self.world.now)
+        self.logic.answered(io_id, result, self.world.now)
         self._pump()
-        for agent in list(self._agents.values()):
-            self._tell(agent)
+        self.derive_soon()
 
     def _tell(self, agent: Agent) -> None:
         """Send a host its view, unless it says nothing new."""

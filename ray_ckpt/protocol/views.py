@@ -1,0 +1,225 @@
+"""What each host is told: a view of what concerns it, made anew when something may have changed for it.
+
+Most events concern one host or none; `take_changed` says whose view is worth making, so that thousands of open
+questions are not gone through at each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+from typing import Any
+
+from ray_ckpt.protocol.cut import Cut
+from ray_ckpt.protocol.generation import Forming, Generations
+from ray_ckpt.protocol.ledger import Ledger
+from ray_ckpt.protocol.messages import HostReport, HostView, SaveOutcome, WorkerReport, WorkerView
+from ray_ckpt.protocol.pace import WATCHED_S, poll_s
+from ray_ckpt.protocol.planner import Planner
+from ray_ckpt.protocol.roster import Roster
+from ray_ckpt.protocol.saves import Saves, SaveState
+
+_HOST_TIMEOUT_S = 30.0
+"""Where no job has said anything yet."""
+
+
+def essence(view: HostView) -> HostView:
+    """What of a view is worth an answer at once; the rest goes with the next one: whom people would wait for, and what
+    need not be sent again.
+    """
+    workers = tuple(replace(worker, late="") for worker in view.workers)
+    return replace(view, version=0, workers=workers, orders=tuple(replace(order, done=()) for order in view.orders))
+
+
+class Views:
+    """Reads the coordinator's parts; `refresh` after they have changed, `touch` for a host that has reported."""
+
+    def __init__(
+        self, ledger: Ledger, roster: Roster, saves: Saves, generations: Generations, planner: Planner, cut: Cut
+    ) -> None:
+        self._ledger = ledger
+        self._roster = roster
+        self._saves = saves
+        self._generations = generations
+        self._planner = planner
+        self._cut = cut
+        self._version = 0
+        self._touched: set[str] = set()
+        self._awaited: frozenset[str] = frozenset()
+        self._common: tuple[Any, ...] = ()
+        self._poll_s = 1.0
+        self._late_text: str | None = None
+        self._start_text: str | None = None
+
+    def touch(self, host: str) -> None:
+        """This host's report is another one."""
+        self._touched.add(host)
+
+    def refresh(self) -> None:
+        """Something may have changed for everybody."""
+        self._late_text = self._start_text = None
+        awaited = self._find_awaited()
+        self._touched |= awaited ^ self._awaited
+        self._awaited = awaited
+        forming = self._generations.forming
+        config = self._generations.config or (forming.config if forming else None)
+        timeout_s = config.host_timeout_s if config else _HOST_TIMEOUT_S
+        self._poll_s = poll_s(len(self._roster.hosts), timeout_s, watched=self._cut.watching)
+        common = self._find_common(forming)
+        if common != self._common:
+            self._common = common
+            self._touched.update(self._roster.hosts)
+
+    def take_changed(self) -> Collection[str]:
+        """The hosts whose view may be another one than when this was last asked."""
+        touched, self._touched = self._touched, set()
+        return touched
+
+    def is_watched(self, host: str) -> bool:
+        """Whether the steps of this host's workers are waited for."""
+        return self._cut.watching or host in self._awaited
+
+    def _find_awaited(self) -> frozenset[str]:
+        """Hosts of ranks whose snapshot is late: they may have gone past its step."""
+        late = self._ledger.now - WATCHED_S
+        members, hosts = self._generations.members, self._roster.worker_hosts
+        return frozenset(
+            hosts[members[rank]]
+            for save in self._saves.active.values()
+            if not save.sealed and save.opened < late
+            for rank in range(save.world_size)
+            if rank not in save.segments and members.get(rank) in hosts
+        )
+
+    def _find_common(self, forming: Forming | None) -> tuple[Any, ...]:
+        """All that views are made of beside the host's own report, as far as it is worth an answer at once."""
+        generations, saves, cut = self._generations, self._saves, self._cut
+        return (
+            self._ledger.epoch,
+            self._ledger.head.sequence,
+            (forming.roll_call, len(forming.members) >= forming.config.world_size) if forming else None,
+            (len(generations.refused), generations.started, frozenset(generations.errors.items())),
+            (self._planner.plan.plan_id if self._planner.plan else None, self._planner.error),
+            tuple(cut.proposals.values()),
+            tuple(cut.request_outcomes)[-1:],
+            (tuple(saves.active), tuple(save.order for save in self._writing), tuple(saves.outcomes)[-1:]),
+            (self._poll_s, cut.watching),
+        )
+
+    @property
+    def _writing(self) -> list[SaveState]:
+        return [s for s in self._saves.active.values() if s.stage == "writing" and s.failure is None]
+
+    # -- one host's view ---------------------------------------------------------------------------------
+
+    def view(self, host: str) -> HostView | None:
+        """What concerns one host now; None for one that was never heard of."""
+        report = self._roster.report(host)
+        if report is None:
+            return None
+        generation = self._generations.current
+        self._version += 1
+        return HostView(
+            epoch=self._ledger.epoch,
+            version=self._version,
+            workers=tuple(self._worker_view(report, worker) for worker in report.workers),
+            orders=tuple(save.order_for(report) for save in self._writing),
+            decided=tuple(s.save for s in report.segments if self._saves.decided(s.save)),
+            oldest_generation=generation.number if generation else 0,
+            fingerprints=tuple(self._fingerprints(report)),
+            poll_s=self._poll_s,
+            watched=self.is_watched(host),
+        )
+
+    def _fingerprints(self, report: HostReport) -> list[str]:
+        named = {w.fingerprint for w in report.workers} | {s.fingerprint for s in report.segments}
+        return sorted(f for f in named if f and f in self._planner.layouts)
+
+    def _worker_view(self, report: HostReport, worker: WorkerReport) -> WorkerView:
+        name = worker.worker
+        if name in self._generations.refused:
+            return WorkerView(name, refused=self._generations.refused[name])
+        forming = self._generations.forming
+        joining = forming is not None and forming.members.get(worker.rank) == name
+        if forming is not None and joining:
+            error = self._generations.errors.get(name)
+            # Before the last rank has joined, an answer to the roll call would have to be given again.
+            roll_call = forming.roll_call if len(forming.members) >= forming.config.world_size else -1
+            return WorkerView(name, roll_call=roll_call, error=error, late=self._late_start(forming))
+        if self._generations.members.get(worker.rank) != name:
+            return WorkerView(name, late="the coordinator has just heard of this worker")
+        return self._member_view(report, worker)
+
+    def _late_start(self, forming: Forming) -> str:
+        if self._start_text is None:
+            self._start_text = self._generations.waiting_for(forming) or self._settling_text()
+        return self._start_text
+
+    def _settling_text(self) -> str:
+        saves = sorted(self._saves.active.values(), key=lambda s: s.step)
+        return f"the save of step {saves[0].step}: {self._saves.late(saves[0])}" if saves else "the commit log"
+
+    def _member_view(self, report: HostReport, worker: WorkerReport) -> WorkerView:
+        generation = self._generations.current
+        assert generation is not None
+        plan = self._planner.plan
+        fresh = plan is not None and worker.plan_id != plan.plan_id
+        return WorkerView(
+            worker=worker.worker,
+            generation=generation.number,
+            error=self._generations.errors.get(worker.worker) or self._planner.error,
+            restore=self._generations.decision(),
+            restore_done=self._generations.started,
+            plan=plan.ranks[worker.rank] if plan is not None and fresh else None,
+            plan_fingerprint=self._planner.fingerprints[worker.rank] if fresh else None,
+            proposals=tuple(self._cut.proposals.values()),
+            outcomes=self._outcomes(report, worker, generation.number),
+            requests=tuple(
+                (r, self._cut.request_outcomes[r]) for r, _ in worker.requests if r in self._cut.request_outcomes
+            ),
+            late=self._late,
+        )
+
+    @property
+    def _late(self) -> str:
+        """Whom all wait for: the same for all workers, and found in thousands of reports, so it is found once."""
+        if self._late_text is None:
+            self._late_text = self._find_late()
+        return self._late_text
+
+    def _find_late(self) -> str:
+        if not self._generations.started:
+            return self._generations.not_restored()
+        saves = sorted(self._saves.active.values(), key=lambda s: s.step)
+        if saves:
+            return f"step {saves[0].step}: {self._saves.late(saves[0])}"
+        if self._planner.plan is None:
+            reports = self._generations.reports()
+            missing = [r for r in self._generations.members if r not in reports or not reports[r].fingerprint]
+            return f"the structure of the state from rank {missing[:8]}" if missing else ""
+        return self._ledger.trouble
+
+    def _outcomes(self, report: HostReport, worker: WorkerReport, generation: int) -> tuple[SaveOutcome, ...]:
+        """Answers to exactly what the worker has not heard of yet."""
+        held = {s.step for s in report.segments if s.rank == worker.rank and s.generation == generation}
+        found = []
+        for step in worker.pending:
+            key = (generation, step)
+            outcome = self._saves.outcome(key)
+            if outcome is not None:
+                found.append(outcome)
+            elif key not in self._saves.active and step not in held:
+                found.append(self._unknown(key, worker))
+        if worker.due_step is not None:
+            # It may be held for a plan or memory that a save which has failed already will not need.
+            outcome = self._saves.outcome((generation, worker.due_step))
+            found.extend([outcome] if outcome is not None else [])
+        return tuple(found)
+
+    def _unknown(self, key: tuple[int, int], worker: WorkerReport) -> SaveOutcome:
+        """The answer for a save of which neither the log nor anybody's memory has a trace."""
+        reason = dict(worker.skipped).get(key[1])
+        if reason is None and self._saves.decided(key):
+            text = "a later save is committed, and whether this one was is forgotten: it is not kept in any case"
+            return SaveOutcome(*key, "failed", error=text, quiet=True)
+        return SaveOutcome(*key, "failed", error=reason or "its snapshot is gone, and no coordinator has heard of it")
