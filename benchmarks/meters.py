@@ -18,8 +18,7 @@ MEMORY_END = "memory-end"
 
 def trainer_cpu_s() -> float:
     """User and system seconds of this process so far, without its children."""
-    times = os.times()
-    return times.user + times.system
+    return time.process_time()
 
 
 def tree_cpu_s(root: int) -> float:

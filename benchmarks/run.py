@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,7 +39,7 @@ class Results:
         """Whether this (place, case, subject) is there and did not fail."""
         return any(_key(row) == key and "error" not in row for row in self.rows)
 
-    def put(self, row: Row, order: list[tuple[str, ...]]) -> None:
+    def put(self, row: Row, order: Sequence[tuple[str, ...]]) -> None:
         """Add it in its place of the order, instead of an older one."""
         rows = {_key(old): old for old in self.rows} | {_key(row): _short(row)}
         last = len(order)
