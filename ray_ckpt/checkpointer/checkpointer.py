@@ -30,7 +30,7 @@ from ray_ckpt.errors import NoCheckpointError, RayCkptError, SaveError, UsageErr
 from ray_ckpt.protocol.messages import JobConfig, Overlap, Proposal, RestoreWish, RunStatus, SaveOutcome, Trigger
 from ray_ckpt.protocol.worker import Due
 from ray_ckpt.storage import open_store
-from ray_ckpt.target import Rename, is_abstract, is_function, restore_state
+from ray_ckpt.target import Rename, is_abstract, is_function, read_state
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +162,7 @@ class Checkpointer:
 
         ``like``: a state, an abstract one (shapes, dtypes, shardings) or a function that makes a fresh state; that
         one runs only if there is no checkpoint. ``missing="error"`` raises then. ``partial``, ``rename`` and ``cast``:
-        see `target.restore_state`. After an explicit older ``step``, newer checkpoints are superseded: never the
+        see `target.read_state`. After an explicit older ``step``, newer checkpoints are superseded: never the
         default again, and the first to be deleted.
 
         Raises:
@@ -179,9 +179,7 @@ class Checkpointer:
 
         def read(stored: Any) -> Any:
             rank, world_size = self.rank, self.world_size
-            return restore_state(
-                stored, like, rank=rank, world_size=world_size, partial=partial, rename=rename, cast=cast
-            )
+            return read_state(stored, like, rank=rank, world_size=world_size, partial=partial, rename=rename, cast=cast)
 
         found, state = restoring.restore(self._link, self._store, wish, read, self._start_timeout_s)
         if found is None:
@@ -265,7 +263,9 @@ class Checkpointer:
         if self._link.trouble is not None:
             raise self._link.trouble
         if not self._link.logic.has_wish:
-            restoring.restore(self._link, self._store, RestoreWish("none"), lambda _: None, self._start_timeout_s)
+            restoring.restore(
+                self._link, self._store, RestoreWish("none"), lambda _: lambda: None, self._start_timeout_s
+            )
         self._saver.register(_resolve(state))
         self._ready = True
 

@@ -1,4 +1,9 @@
-"""All ranks restore the same checkpoint: the coordinator chooses, every rank reads its part and says how it went."""
+"""All ranks restore the same checkpoint: the coordinator chooses, every rank reads its part and says how it went.
+
+The choice takes as long as the last rank takes to come. Meanwhile a rank reads the checkpoint that will most
+probably be chosen. If another one is, that reading was in vain, and no more: the state is built, and variables are
+assigned, once the choice is known.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +21,13 @@ from ray_ckpt.types import Checkpoint
 
 logger = logging.getLogger(__name__)
 
-Read = Callable[[StoredCheckpoint], Any]
+Build = Callable[[], Any]
+Read = Callable[[StoredCheckpoint], Build]
+"""Reads and verifies all that a state needs; what it gives builds the state."""
 
 
 def restore(link: Link, store: Store, wish: RestoreWish, read: Read, timeout_s: float) -> tuple[Checkpoint | None, Any]:
-    """The checkpoint that all ranks took (None: there is none) and what ``read`` made of it.
+    """The checkpoint that all ranks took (None: there is none) and the state that ``read`` made of it.
 
     A damaged checkpoint is reported; then all ranks, also those that had read it already, take the next older one.
 
@@ -32,12 +39,16 @@ def restore(link: Link, store: Store, wish: RestoreWish, read: Read, timeout_s: 
     with link.condition:
         link.logic.wish(wish)
     link.courier.nudge()
+    ahead = _read_ahead(link, store, wish, read)
     key = (0, 0)
     while True:
         decision = _next_decision(link, key, timeout_s)
         key = decision.key
         _check_shared(link, store, decision)
-        value, damage = _read(link, store, decision, read)
+        if ahead is not None and (decision.checkpoint is None or _id(decision.checkpoint) != ahead[0]):
+            ahead = None
+        value, damage = _read(link, store, decision, read) if ahead is None else (ahead[1](), None)
+        ahead = None
         with link.condition:
             link.logic.restore_read(RestoreResult(*key, damage))
         link.courier.nudge()
@@ -47,6 +58,28 @@ def restore(link: Link, store: Store, wish: RestoreWish, read: Read, timeout_s: 
         if not _decided_anew(link, decision, timeout_s):
             _tell(link, decision)
             return decision.checkpoint, value
+
+
+def _id(checkpoint: Checkpoint) -> tuple[str, str, int]:
+    """What no two checkpoints of a directory share; marks in the log may change meanwhile."""
+    return checkpoint.prefix, checkpoint.attempt, checkpoint.step
+
+
+def _read_ahead(link: Link, store: Store, wish: RestoreWish, read: Read) -> tuple[tuple[str, str, int], Build] | None:
+    """What is read of the checkpoint that this wish will most probably get; None where that cannot be told or read."""
+    if wish.kind == "none":
+        return None
+    try:
+        live = log.live_checkpoints(store)
+        found = [c for c in live if (c.step == wish.step if wish.kind == "step" else not c.superseded)]
+        if not found:
+            return None
+        with log.pin(store, found[-1].prefix, by=f"rank {link.rank}, before the choice"):
+            return _id(found[-1]), read(open_checkpoint(store, found[-1]))
+    except Exception as error:
+        # It is met again, and told, when this checkpoint is chosen.
+        logger.debug("%s: nothing was read ahead: %s", link.url, error)
+        return None
 
 
 def _decided_anew(link: Link, decision: RestoreDecision, timeout_s: float) -> bool:
@@ -80,7 +113,8 @@ def _read(link: Link, store: Store, decision: RestoreDecision, read: Read) -> tu
         return None, None
     try:
         with log.pin(store, chosen.prefix, by=f"rank {link.rank} of generation {decision.generation}"):
-            return read(open_checkpoint(store, chosen)), None
+            build = read(open_checkpoint(store, chosen))
+        return build(), None
     except (DamagedError, ObjectMissingError) as error:
         return None, str(error)
 

@@ -21,7 +21,7 @@ Rename = Mapping[str, str] | Callable[[str], str]
 _Assemble = Callable[[Mapping[str, Any]], Any]
 
 
-def restore_state(
+def read_state(
     stored: StoredCheckpoint,
     like: Any,
     *,
@@ -33,13 +33,14 @@ def restore_state(
     threads: int = DEFAULT_THREADS,
     budget_nbytes: int = DEFAULT_BUDGET_NBYTES,
     progress: Progress | None = None,
-) -> Any:
-    """The state of one rank of ``world_size``, bit for bit, however many ranks saved it and in which slices.
+) -> Callable[[], Any]:
+    """Read and verify the state of one rank of ``world_size``; what this returns builds it, and may be called once.
 
-    ``like`` says what the state is to be, and only what it needs is read:
+    It is restored bit for bit, however many ranks saved it and in which slices. ``like`` says what the state is to
+    be, and only what it needs is read:
 
     - a state: the same containers come back, each leaf of the same type, dtype, sharding and markers. Variables
-      are assigned in place, and only once everything has been read and verified; all else is new;
+      are assigned in place, and only once everything else has been built; all else is new;
     - an abstract state, with `jax.ShapeDtypeStruct` leaves: arrays with their shardings, else on the default
       device;
     - a function that would make a fresh state. It is not called. Where the saved state was of dicts, lists and
@@ -54,7 +55,7 @@ def restore_state(
     ``threads``, ``budget_nbytes``, ``progress``: see `restore.read_boxes`.
 
     Raises:
-        MismatchError: target and checkpoint differ; lists how.
+        MismatchError: target and checkpoint differ; lists how. When built: a value is not one of the target's type.
         StateError: a leaf of the target is nothing that a checkpoint holds, or a target is needed.
         UsageError: a rank that is none, or names to rename that the target does not have.
         DamagedError, ObjectMissingError, StorageError: as `restore.read_boxes`.
@@ -66,8 +67,8 @@ def restore_state(
         matcher = Matcher(stored, rank, world_size, partial, cast, _renamer(rename, leaves))
         matcher.match(leaves)
     _check(matcher, len(leaves))
-    values = read_values(stored, matcher.plans, threads=threads, budget_nbytes=budget_nbytes, progress=progress)
-    return assemble({**values, **matcher.kept})
+    build = read_values(stored, matcher.plans, threads=threads, budget_nbytes=budget_nbytes, progress=progress)
+    return lambda: assemble({**build(), **matcher.kept})
 
 
 def _target(stored: StoredCheckpoint, like: Any, rank: int, world_size: int) -> tuple[dict[str, Any], _Assemble]:

@@ -5,7 +5,8 @@ What changes the target itself (variables are assigned in place) comes last, whe
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,11 +29,11 @@ def read_values(
     threads: int,
     budget_nbytes: int,
     progress: Progress | None,
-) -> dict[str, Any]:
-    """The values of all leaves by name.
+) -> Callable[[], dict[str, Any]]:
+    """Read and verify all leaves; what this returns builds their values by name, once.
 
     Raises:
-        MismatchError: a value is not one of the target's type.
+        MismatchError: when built: a value is not one of the target's type.
         UsageError: there is no memory for a leaf.
         DamagedError, ObjectMissingError, StorageError: as `restore.read_boxes`.
     """
@@ -42,15 +43,19 @@ def read_values(
     check_extents(stored, {s.tensor.name for plan in plans for s in plan.sources if s.like is None})
     pieces, wanted = _allocated(plans)
     read_boxes(stored, wanted, threads=threads, budget_nbytes=budget_nbytes, progress=progress)
-    del wanted
+    return partial(_built, plans, pieces)
+
+
+@collector_paused()
+def _built(plans: list[LeafPlan], pieces: list[list[Pieces]]) -> dict[str, Any]:
+    """The values by name; empties both lists."""
     # Last first, so that each leaf's arrays are free as soon as it has been built.
     plans.reverse()
     pieces.reverse()
     values: dict[str, Any] = {}
-    with collector_paused():
-        while plans:
-            plan = plans.pop()
-            values[plan.name] = _build_leaf(plan, pieces.pop())
+    while plans:
+        plan = plans.pop()
+        values[plan.name] = _build_leaf(plan, pieces.pop())
     return values
 
 

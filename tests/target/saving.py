@@ -26,7 +26,7 @@ from ray_ckpt.plan import make_plan
 from ray_ckpt.restore import StoredCheckpoint, open_checkpoint
 from ray_ckpt.snapshot import SaveId, Segment, needed_nbytes, take_snapshot
 from ray_ckpt.storage import Store, open_store
-from ray_ckpt.target import restore_state
+from ray_ckpt.target import read_state
 from ray_ckpt.types import METADATA_KEY, Layout, Plan, RankPlan
 from ray_ckpt.writer import write_shard
 
@@ -51,8 +51,8 @@ def save(states: Sequence[Any], url: str | Path | None = None, **settings: int) 
 
 
 def restore(stored: StoredCheckpoint, like: Any, rank: int = 0, world_size: int = 1, **options: Any) -> Any:
-    """`restore_state` for the only rank."""
-    return restore_state(stored, like, rank=rank, world_size=world_size, **options)
+    """`read_state`, built, for the only rank."""
+    return read_state(stored, like, rank=rank, world_size=world_size, **options)()
 
 
 def same(a: Any, b: Any) -> None:

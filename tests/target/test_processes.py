@@ -27,7 +27,7 @@ from ray_ckpt.errors import StateError
 from ray_ckpt.leaves import PerWorker
 from ray_ckpt.restore import open_checkpoint
 from ray_ckpt.storage import open_store
-from ray_ckpt.target import restore_state
+from ray_ckpt.target import read_state
 mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 2), ("host", "local"))
 values = np.arange(32, dtype=np.float32).reshape(4, 8)
 stored = open_checkpoint(open_store(url), prefix)
@@ -36,8 +36,8 @@ for spec in (("host",), ("local", "host"), (None, ("host", "local")), ()):
     like = {"w": jax.ShapeDtypeStruct((4, 8), np.float32, sharding=sharding), "own": PerWorker(0, lambda v, *_: sum(v))}
     make = jax.jit(lambda: {"w": jax.numpy.zeros((4, 8))}, out_shardings={"w": sharding})
     restored = (
-        restore_state(stored, like, rank=int(process), world_size=2),
-        restore_state(stored, make, rank=int(process), world_size=2, partial=True),
+        read_state(stored, like, rank=int(process), world_size=2)(),
+        read_state(stored, make, rank=int(process), world_size=2, partial=True)(),
     )
     assert restored[0]["own"].value == 6
     for got in restored:
