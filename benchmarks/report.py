@@ -73,7 +73,7 @@ def cells(row: Row) -> list[str]:
     s = rules.summary(row)
     told = row.get("gives_up") or "-"
     if "error" in row:
-        told = f"**failed**: {one_line(row['error'])}"
+        told = f"**no figures**: {one_line(row['error'])}"
     return [
         row.get("name", row["subject"]),
         str(s["n"] or "-"),

@@ -55,22 +55,25 @@ def measure_restoring(subject: Subject, task: Task, ranks: Ranks) -> Record:
     """One rank's part of the phase: the first restore, warm ones, and on a disk cold ones."""
     plain = task.plain(ranks.rank)
     subject.open_restore(task.step)
+
+    def once() -> Record:
+        ranks.barrier()
+        bound_s = read(plain)
+        return {**_restore(subject, ranks)[0], "read": bound_s}
+
     first, wrong = _restore(subject, ranks, lambda restored: difference(task.case, ranks.rank, restored, plain))
     if wrong:
         raise RuntimeError(f"the restored values are not those that were saved: {wrong}")
-    # The first one may have had processes to start.
-    second = _restore(subject, ranks)[0]
-    count = ranks.agree(repetitions(second["ended"] - second["began"], task.repeats, task.budget_s / 2))
-    result: Record = {"first": first, "warm": [], "cold": []}
-    for kind in ("warm", "cold") if task.place == "disk" else ("warm",):
-        for _ in range(count):
-            if kind == "cold":
-                _evict(task, ranks)
-            ranks.barrier()
-            bound_s = read(plain)
-            result[kind].append({**_restore(subject, ranks)[0], "read": bound_s})
+    warm = [once()]
+    # The first one may have had processes to start, so the second says how many fit.
+    count = ranks.agree(repetitions(warm[0]["ended"] - warm[0]["began"], task.repeats, task.budget_s / 2))
+    warm += [once() for _ in range(count - 1)]
+    cold = []
+    for _ in range(count if task.place == "disk" else 0):
+        _evict(task, ranks)
+        cold.append(once())
     subject.close()
-    return result
+    return {"first": first, "warm": warm, "cold": cold}
 
 
 def measure_flipped(subject: Subject, task: Task, ranks: Ranks) -> Record:

@@ -39,12 +39,7 @@ def measure_row(
     task: Task, phases: tuple[str, ...] = ("saving", "restoring", "flipped"), limit_s: float = LIMIT_S
 ) -> Row:
     """One subject, case and place. ``root`` is made, and removed afterwards; ``notes`` likewise."""
-    row: Row = {
-        "place": task.place,
-        "case": task.case.name,
-        "subject": task.subject,
-        "nbytes": task.case.nbytes,
-    }
+    row: Row = {**task.key, "nbytes": task.case.nbytes}
     os.makedirs(task.root)
     notes = tempfile.mkdtemp(prefix="bench-", dir="/dev/shm")
     try:

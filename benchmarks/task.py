@@ -45,6 +45,11 @@ class Task:
         return CASES[self.case_name]
 
     @property
+    def key(self) -> dict[str, str]:
+        """What names the row."""
+        return {"place": self.place, "case": self.case_name, "subject": self.subject}
+
+    @property
     def checkpoints(self) -> str:
         """The subject's directory."""
         return os.path.join(self.root, "checkpoints")

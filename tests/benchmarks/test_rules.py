@@ -109,7 +109,7 @@ def test_the_table() -> None:
     a, b = (next(line for line in lines if line.startswith(f"| {name} |")) for name in "ab")
     cells = "a | 3 | 0.20 (2) | -0.010 | 1.00 | 1.50 (1.5) | 0.50 / 0.90 | 0.30 (1.5) | - | 12 | 3 | 1.100 | silent"
     assert a == f"| {cells} | no fsync |"
-    assert b.endswith("| **failed**: no / disk left |")
+    assert b.endswith("| **no figures**: no / disk left |")
     assert not any(line.startswith("| c |") for line in lines)
     widths = {line.count("|") for line in lines if line.startswith("|")}
     assert widths == {len(report.COLUMNS) + 1}
@@ -130,7 +130,16 @@ def test_results_replace_keep_order_and_resume(tmp_path: Path) -> None:
     assert not again.has("disk", "big", "b")
     assert not again.has("shm", "big", "a")
     assert "said" not in json.loads((tmp_path / "results.json").read_text())["rows"][0]
-    assert "**failed**: broke" in (tmp_path / "table.md").read_text()
+    assert "**no figures**: broke" in (tmp_path / "table.md").read_text()
+
+
+def test_what_is_slow_in_one_place_is_not_run_in_another(tmp_path: Path) -> None:
+    results = Results(tmp_path, {})
+    results.put(row("a", seconds=200.0), [])
+    results.put(row("b", seconds=100.0), [])
+    assert results.slower_than(150.0, "big", "a") == {"name": "a", "error": "not run here: took 200 s on disk"}
+    assert results.slower_than(150.0, "big", "b") == {}
+    assert results.slower_than(150.0, "small", "a") == {}
 
 
 def test_floats_are_rounded_at_any_depth() -> None:
