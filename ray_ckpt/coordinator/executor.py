@@ -155,8 +155,8 @@ def encode_timeline(save: SaveState, committed: float) -> bytes:
                     "seconds": s.seconds_s,
                 }
                 for rank, segment in sorted(save.segments.items())
-                for s in save.shards.values()
-                if segment.writer_base <= s.writer < segment.writer_base + segment.writers
+                for writer in range(segment.writer_base, segment.writer_base + segment.writers)
+                if (s := save.shards.get(writer)) is not None
             ],
         }
     ).encode()
