@@ -380,3 +380,77 @@ def _paths(value: Any, name: str, path: str) -> Iterator[tuple[str, str]]:
         steps = [f".{part}" for part in node.parts]
     for part, step, child in zip(node.parts, steps, node.children, strict=True):
         yield from _paths(child, join_name(name, part), path + step)
+
+
+class Structure:
+    """The containers of a state seen before: gives the leaves of an equal one in a fraction of `flatten`'s time."""
+
+    def __init__(self, state: Any) -> None:
+        self._seen = _see(state)
+
+    def leaves(self, state: Any) -> list[Any] | None:
+        """The leaves in the order of `flatten`; None unless names and containers are the same as before."""
+        if self._seen is None or type(state) is not self._seen.kind:
+            return None
+        found: list[Any] = []
+        try:
+            return found if _revisit(state, self._seen, found) else None
+        except RecursionError:
+            return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """One container: its type, its keys, the types of its children; ``inner`` has None for a leaf.
+
+    ``inner`` is empty where all children are leaves for good.
+    """
+
+    kind: type
+    keys: list[Any]
+    kinds: list[type]
+    inner: list[_Seen | None]
+
+
+def _see(value: Any) -> _Seen | None:
+    node = _node(value, "")
+    if node is None:
+        return None
+    inner = [None if type(child) in _LEAVES else _see(child) for child in node.children]
+    kinds = list(map(type, node.children))
+    # Of a marker, the type does not tell whether it is a leaf.
+    plain = not any(inner) and PerWorker not in kinds
+    return _Seen(type(value), _keys(value, node.parts), kinds, [] if plain else inner)
+
+
+def _revisit(value: Any, seen: _Seen, found: list[Any]) -> bool:
+    """Append the leaves under ``value``; False if it is not what was seen. Its type has been compared."""
+    if seen.kind in _BUILTIN and value is not None:
+        children = list(value.values()) if isinstance(value, dict) else value
+        keys = _keys(value, None)
+    else:
+        node = _node(value, "")
+        if node is None:
+            return False
+        children, keys = node.children, _keys(value, node.parts)
+    if keys != seen.keys or list(map(type, children)) != seen.kinds:
+        return False
+    if not seen.inner:
+        found.extend(children)
+        return True
+    for child, inner in zip(children, seen.inner, strict=True):
+        if inner is not None:
+            if not _revisit(child, inner, found):
+                return False
+        elif type(child) is PerWorker and _node(child, "") is not None:
+            return False
+        else:
+            found.append(child)
+    return True
+
+
+def _keys(value: Any, parts: list[str] | None) -> list[Any]:
+    """What tells a container from another of its type; of a dict also the keys' types, as 1 and True are equal."""
+    if isinstance(value, dict):
+        return [*value, *map(type, value)]
+    return [len(value)] if isinstance(value, (list, tuple)) else parts or []

@@ -9,7 +9,7 @@ from typing import Any
 from ray_ckpt.checkpointer.link import Link
 from ray_ckpt.checkpointer.slots import Slots
 from ray_ckpt.errors import RayCkptError, UnavailableError
-from ray_ckpt.leaves.layout import layout_of
+from ray_ckpt.leaves.layout import Layouts
 from ray_ckpt.protocol.messages import JobConfig, Trigger
 from ray_ckpt.snapshot import SaveId, Segment, SegmentTooSmallError, needed_nbytes, take_snapshot
 from ray_ckpt.types import Layout, RankPlan
@@ -29,6 +29,7 @@ class Saver:
         self._link = link
         self._run = run
         self._config = config
+        self._layouts = Layouts(link.rank, config.world_size)
         self._fingerprint: str | None = None
         self._first = True
         self.stall_s = 0.0
@@ -37,7 +38,7 @@ class Saver:
 
     def register(self, state: Any) -> None:
         """Tell the structure of the state ahead of the first save, so that plan and memory are ready for it."""
-        layout, _ = layout_of(state, self._link.rank, self._config.world_size)
+        layout, _ = self._layouts.of(state)
         self._set_layout(layout, None)
 
     def save(self, step: int, state: Any, trigger: Trigger) -> None:
@@ -60,7 +61,7 @@ class Saver:
             self.stall_s += time.monotonic() - began
 
     def _save(self, step: int, state: Any, trigger: Trigger, due: float) -> None:
-        layout, values = layout_of(state, self._link.rank, self._config.world_size)
+        layout, values = self._layouts.of(state)
         if layout.fingerprint != self._fingerprint:
             # First the plan for what all ranks had registered: one for a mixture of old and new would fit nobody.
             self._plan(step)

@@ -47,6 +47,7 @@ __all__ = [
     "per_worker_name",
     "read_box",
     "start_transfers",
+    "token",
     "wanted",
 ]
 
@@ -71,6 +72,16 @@ def describe(name: str, value: Any, rank: int, world_size: int) -> LeafSpec:
             per_worker_kind(inner.kind, value.on_resize),
         )
     return LeafSpec(name, *_describe(name, value))
+
+
+def token(value: Any) -> Any:
+    """Something quick to compare: values with equal tokens are described alike. None: only `describe` tells."""
+    if isinstance(value, PerWorker):
+        return None
+    if isinstance(value, Slice):
+        inner = token(value.array)
+        return None if inner is None else (inner, tuple(value.global_shape), tuple(value.offset))
+    return _kind_of("", value).token(value)
 
 
 def per_worker_name(name: str, rank: int, world_size: int) -> str:

@@ -114,6 +114,9 @@ class Kind(Protocol):
     def describe(self, name: str, value: Any) -> Form:
         """What the leaf is. Raises StateError naming it where it cannot be saved."""
 
+    def token(self, value: Any) -> Any:
+        """Quick to get and to compare: values with equal tokens have equal forms. None: only `describe` tells."""
+
     def start_transfer(self, value: Any, box: Box) -> None:
         """Begin bringing this part to the host, where the framework can do so ahead."""
 

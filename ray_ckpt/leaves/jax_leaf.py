@@ -49,6 +49,14 @@ def describe(name: str, value: Any) -> Form:
     return Form(stored, value.shape, _boxes(value), kind)
 
 
+def token(value: Any) -> Any:
+    """Abstract value and sharding; None for what `describe` may refuse."""
+    jax = sys.modules["jax"]
+    if isinstance(value, (jax.ShapeDtypeStruct, jax.core.Tracer)) or value.is_deleted():
+        return None
+    return value.aval, value.sharding
+
+
 def start_transfer(value: Any, box: Box) -> None:
     """Begin the copies from the devices that `parts` will wait for."""
     if not isinstance(value.dtype, np.dtype) or next(iter(value.sharding.device_set)).platform == "cpu":
@@ -75,12 +83,12 @@ def wanted(name: str, like: Any) -> Wanted:
         data = sys.modules["jax"].eval_shape(_key_data, like)
         return Wanted(dtype_name(data.dtype), data.shape, whole(data.shape))
     try:
-        stored = dtype_name(like.dtype)
+        stored = _name_of(like.dtype)
     except StateError as err:
         raise StateError(f"{name}: {err}") from None
     if like.sharding is None:
         return Wanted(stored, like.shape, whole(like.shape))
-    return Wanted(stored, like.shape, tuple(sorted(set(_device_boxes(like.sharding, like.shape).values()))))
+    return Wanted(stored, like.shape, _distinct_boxes(like.sharding, like.shape))
 
 
 def build(kind: str, like: Any, pieces: Mapping[Box, Array]) -> Any:
@@ -96,6 +104,9 @@ def build(kind: str, like: Any, pieces: Mapping[Box, Array]) -> Any:
         return _build_keys(jax, like, sole(pieces))
     if like.sharding is None:
         out = jax.numpy.asarray(sole(pieces))
+    elif len(pieces) == 1 and len(like.sharding.device_set) == 1:
+        # What the general way below gives, in half the time.
+        out = jax.device_put(sole(pieces), like.sharding)
     else:
         boxes = _device_boxes(like.sharding, like.shape)
         arrays = jax.device_put([pieces[box] for box in boxes.values()], list(boxes))
@@ -171,6 +182,17 @@ def _device_boxes(sharding: Any, shape: Shape) -> dict[Any, Box]:
     """The box of each device of this process."""
     indices = sharding.addressable_devices_indices_map(shape)
     return {device: _box_of(index, shape) for device, index in indices.items()}
+
+
+@lru_cache(maxsize=4096)
+def _distinct_boxes(sharding: Any, shape: Shape) -> tuple[Box, ...]:
+    """The boxes of the devices of this process, each once, in order."""
+    return tuple(sorted(set(_device_boxes(sharding, shape).values())))
+
+
+@lru_cache(maxsize=256)
+def _name_of(dtype: np.dtype[Any]) -> str:
+    return dtype_name(dtype)
 
 
 def _box_of(index: tuple[slice, ...] | None, shape: Shape) -> Box:

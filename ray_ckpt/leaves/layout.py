@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from typing import Any
 
-from ray_ckpt.leaves import describe
-from ray_ckpt.tree import flatten
+from ray_ckpt.leaves import describe, token
+from ray_ckpt.tree import Flat, Structure, flatten
 from ray_ckpt.types import Box, Layout, LeafSpec
 
 
@@ -17,8 +18,52 @@ def layout_of(state: Any, rank: int, world_size: int) -> tuple[Layout, list[Any]
         StateError: the state or one of its leaves cannot be saved.
     """
     flat = flatten(state)
+    return _layout_of(flat, rank, world_size), [value for _, value in flat.leaves]
+
+
+def _layout_of(flat: Flat, rank: int, world_size: int) -> Layout:
     leaves = tuple(describe(name, value, rank, world_size) for name, value in flat.leaves)
-    return Layout(leaves, flat.tree, fingerprint(leaves, flat.tree)), [value for _, value in flat.leaves]
+    return Layout(leaves, flat.tree, fingerprint(leaves, flat.tree))
+
+
+class Layouts:
+    """The layouts of a state that is saved again and again: they seldom change, which is quick to see."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self._rank = rank
+        self._world_size = world_size
+        self._last: _Remembered | None = None
+
+    def of(self, state: Any) -> tuple[Layout, list[Any]]:
+        """As `layout_of`."""
+        last = self._last
+        values = last.structure.leaves(state) if last is not None else None
+        if last is not None and values is not None and self._same(last, values):
+            return last.layout, values
+        self._last = None
+        flat = flatten(state)
+        layout = _layout_of(flat, self._rank, self._world_size)
+        names, values = [name for name, _ in flat.leaves], [value for _, value in flat.leaves]
+        self._last = _Remembered(layout, Structure(state), names, [token(value) for value in values])
+        return layout, values
+
+    def _same(self, last: _Remembered, values: list[Any]) -> bool:
+        tokens = [token(value) for value in values]
+        return tokens == last.tokens and all(
+            describe(last.names[i], values[i], self._rank, self._world_size) == last.layout.leaves[i]
+            for i, known in enumerate(tokens)
+            if known is None
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Remembered:
+    """A layout and what to compare with: ``names`` and ``tokens`` of the leaves, in its order."""
+
+    layout: Layout
+    structure: Structure
+    names: list[str]
+    tokens: list[Any]
 
 
 def fingerprint(leaves: tuple[LeafSpec, ...], tree: str) -> str:

@@ -45,6 +45,12 @@ def describe(name: str, value: Any) -> Form:
     return Form(stored, shape, whole(shape), _SCALAR if isinstance(value, np.generic) else "numpy")
 
 
+def token(value: Any) -> Any:
+    """Dtype and shape; None for text, where the elements decide, and for subclasses."""
+    plain = type(value) is np.ndarray and value.dtype.kind not in "OSU"
+    return (value.dtype, value.shape) if plain else None
+
+
 def start_transfer(value: Any, box: Box) -> None:
     """Nothing to bring."""
 
