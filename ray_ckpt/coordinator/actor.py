@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import socket
@@ -32,6 +33,8 @@ _IDLE_PAUSE = 20.0
 """The same where nothing has changed but the time."""
 _ABANDONED_S = 600.0
 """Agents call every few seconds: when none has for so long, nobody will, whatever is left to do."""
+_GC_THRESHOLDS = (100_000, 50, 100)
+"""Millions of records that stay, nearly none in cycles: at Python's own pace collections take half of the time."""
 _IO_THREADS = 8
 _IO_TIMEOUT_S = 300.0
 
@@ -93,7 +96,7 @@ class Coordinator:
         except Exception:
             # Without further derivations no deadline would pass and the actor would never end.
             logger.exception("%s: the coordinator goes on after an unexpected error", self._url)
-        self._pump()
+        self._publish()
         self._derived_at = time.monotonic()
         self._took_s = self._derived_at - began
 
@@ -103,7 +106,7 @@ class Coordinator:
         """Ask for a save; its outcome, None if there is none within ``wait_s``. May be repeated with the same id."""
         self._start()
         self._logic.request_save(request_id, reason, self._clock.now())
-        self._pump()
+        self._publish()
         deadline = time.monotonic() + wait_s
         while request_id not in self._logic.cut.request_outcomes:
             left = deadline - time.monotonic()
@@ -119,7 +122,7 @@ class Coordinator:
         """Have all workers save and stop at one step."""
         self._start()
         self._logic.request_stop(reason, self._clock.now())
-        self._pump()
+        self._publish()
 
     async def status(self) -> RunStatus:
         """What is going on."""
@@ -138,6 +141,7 @@ class Coordinator:
         if self._executor is not None:
             return
         store = open_store(self._url, storage_options=self._options, single_coordinator=self._single_coordinator)
+        gc.set_threshold(*_GC_THRESHOLDS)
         planner = self._logic.planner
         self._executor = Executor(store, lambda save: planner.plan_of(save.segments))
         self._logic.start(self._clock.now())
@@ -148,9 +152,13 @@ class Coordinator:
         task.add_done_callback(self._tasks.discard)
 
     def _pump(self) -> None:
-        """Start what the machine wants done, and answer those for whom there is news."""
+        """Start what the machine wants done."""
         for io_id, io in self._logic.take():
             self._spawn(self._run(io_id, io))
+
+    def _publish(self) -> None:
+        """After conclusions have been drawn: act, and answer those for whom there is news."""
+        self._pump()
         self._questions.answer(self._logic.views.take_changed())
         self._changed.set()
         self._changed = asyncio.Event()

@@ -38,7 +38,7 @@ class Questions:
         self._open[host] = question
         sent = self._sent.get(host)
         if host in self._missed or (sent is not None and (sent[0].epoch, sent[0].version) > seen):
-            self.answer((host,))
+            self._look(host)
         end = loop.call_later(wait_s, self._expire, host, question)
         try:
             return await question.answer
@@ -48,31 +48,33 @@ class Questions:
                 del self._open[host]
 
     def answer(self, hosts: Iterable[str]) -> None:
-        """Look again for these hosts; what is found while one does not ask is found when it does."""
-        for host in hosts:
-            question = self._open.get(host)
-            if question is None or question.answer.done():
-                self._missed.add(host)
-                continue
-            self._missed.discard(host)
-            view = self._fresh(host, question.seen, at_once=True)
-            if view is not None:
-                question.answer.set_result(view)
+        """Look again for these hosts and for those that did not ask, or could not be answered, the last time."""
+        for host in self._missed.union(hosts):
+            self._look(host)
+
+    def _look(self, host: str) -> None:
+        question = self._open.get(host)
+        view = None if question is None or question.answer.done() else self._view(host)
+        if question is None or view is None:
+            self._missed.add(host)
+            return
+        self._missed.discard(host)
+        if self._is_new(host, view, question.seen, at_once=True):
+            question.answer.set_result(view)
 
     def _expire(self, host: str, question: _Question) -> None:
         if not question.answer.done():
-            question.answer.set_result(self._fresh(host, question.seen, at_once=False))
+            view = self._view(host)
+            new = view is not None and self._is_new(host, view, question.seen, at_once=False)
+            question.answer.set_result(view if new else None)
 
-    def _fresh(self, host: str, seen: Seen, *, at_once: bool) -> HostView | None:
-        """The host's view, None if it says what the host has already, or nothing that is worth an answer at once."""
-        view = self._view(host)
-        if view is None:
-            return None
+    def _is_new(self, host: str, view: HostView, seen: Seen, *, at_once: bool) -> bool:
+        """Whether it says what the host does not have yet, and is worth an answer at once; then it is on its way."""
         main = essence(view)
         sent = self._sent.get(host)
         if sent is not None and (sent[0].epoch, sent[0].version) <= seen:
             same = main == sent[1] if at_once else replace(view, version=sent[0].version) == sent[0]
             if same:
-                return None
+                return False
         self._sent[host] = view, main
-        return view
+        return True

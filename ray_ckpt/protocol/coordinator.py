@@ -91,6 +91,7 @@ class CoordinatorLogic:
     def answered(self, io_id: int, result: Any, now: float) -> None:
         """Go on with the flow whose action has ended; `derive` is to be called soon."""
         self.ledger.now = max(self.ledger.now, now)
+        self.views.suspend()
         self.flows.done(io_id, result)
 
     def request_save(self, request_id: str, reason: str, now: float) -> None:
@@ -181,7 +182,7 @@ class CoordinatorLogic:
     # -- views ----------------------------------------------------------------------------------------------
 
     def view(self, host: str) -> HostView | None:
-        """What concerns one host now; None while the directory is not owned.
+        """What concerns one host now; None while the directory is not owned, or until the next `derive`.
 
         A coordinator that was fenced is silent: whether a worker may go on is for its successor to say, by the
         generations in the log.

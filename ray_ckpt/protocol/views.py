@@ -1,7 +1,8 @@
 """What each host is told: a view of what concerns it, made anew when something may have changed for it.
 
 Most events concern one host or none; `take_changed` says whose view is worth making, so that thousands of open
-questions are not gone through at each.
+questions are not gone through at each. A view is made only of what all conclusions are drawn from: a worker that was
+heard of a moment ago may be a member, and a proposal that it holds may be one to keep.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ class Views:
         self._cut = cut
         self._version = 0
         self._touched: set[str] = set()
+        self._fresh: set[str] = set()
+        self._stale = False
         self._awaited: frozenset[str] = frozenset()
         self._common: tuple[Any, ...] = ()
         self._poll_s = 1.0
@@ -52,12 +55,19 @@ class Views:
         self._start_text: str | None = None
 
     def touch(self, host: str) -> None:
-        """This host's report is another one."""
+        """This host's report is another one: no view is made of it before conclusions are drawn from it."""
         self._touched.add(host)
+        self._fresh.add(host)
+
+    def suspend(self) -> None:
+        """Something has changed of which no conclusions are drawn yet: no view is made until then."""
+        self._stale = True
 
     def refresh(self) -> None:
-        """Something may have changed for everybody."""
+        """All conclusions are drawn."""
         self._late_text = self._start_text = None
+        self._fresh.clear()
+        self._stale = False
         awaited = self._find_awaited()
         self._touched |= awaited ^ self._awaited
         self._awaited = awaited
@@ -113,9 +123,9 @@ class Views:
     # -- one host's view ---------------------------------------------------------------------------------
 
     def view(self, host: str) -> HostView | None:
-        """What concerns one host now; None for one that was never heard of."""
+        """What concerns one host now; None for one of which nothing is known, or something that is not digested yet."""
         report = self._roster.report(host)
-        if report is None:
+        if report is None or self._stale or host in self._fresh:
             return None
         generation = self._generations.current
         self._version += 1
