@@ -83,6 +83,9 @@ class Agent:
             self._memory_now.keep_layout(report.layout)
         self._logic.on_worker(report)
         self._look()
+        if report.finished and report.rank not in self._living(report.worker):
+            # At once: a cluster that was started for this job alone may end, and this process with it.
+            await asyncio.get_running_loop().run_in_executor(None, self._memory_now.give_back, report.rank)
         deadline = time.monotonic() + wait_s
         while True:
             answer = self._logic.worker_view(report.worker)
@@ -103,8 +106,11 @@ class Agent:
         if self._pool is not None:
             # Once more, late: Ray ends idle processes after seconds.
             self._pool.warm_up(self._logic.max_writes)
-        living = {r.rank for worker, r in self._logic.workers.items() if self._lives(worker)}
-        return await loop.run_in_executor(None, self._memory_now.prepare, rank, nbytes, slots, living)
+        return await loop.run_in_executor(None, self._memory_now.prepare, rank, nbytes, slots, self._living())
+
+    def _living(self, but: str = "") -> set[int]:
+        """The ranks of the processes on this host, but for one worker's."""
+        return {r.rank for worker, r in self._logic.workers.items() if worker != but and self._lives(worker)}
 
     def _lives(self, worker: str) -> bool:
         process = self._processes.get(worker)

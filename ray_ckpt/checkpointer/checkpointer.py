@@ -381,8 +381,9 @@ class Checkpointer:
         self._last = None
         with self._link.condition:
             self._link.logic.finish()
-        self._link.close()
+        # First, as the agent removes with the last report what nobody has open.
         self._saver.slots.close()
+        self._link.close()
 
     def _check_open(self) -> None:
         if self._closed:

@@ -54,6 +54,18 @@ def test_actors_and_memory_go_with_the_job(make_job: Callable[..., Job], end: st
     assert again.all("restore") == [4, 4]
 
 
+def test_memory_is_given_back_before_close_returns(make_job: Callable[..., Job]) -> None:
+    job = make_job(save_steps=2).start(1)
+    job.all("restore")
+    job.all("train", 1, 3)
+    folder = segment_folder(job, 0)
+    assert list(folder.glob("*.segment"))
+    job.all("call", "close")
+    # The last word of a worker waits for it: a cluster that ends now would leave the memory behind for good.
+    assert list(folder.glob("*.segment")) == []
+    assert job.steps() == [2, 3]
+
+
 def test_retention_spares_what_is_pinned(make_job: Callable[..., Job]) -> None:
     job = make_job(save_steps=1, max_to_keep=2, keep_every_steps=4).start(2)
     job.all("restore")
