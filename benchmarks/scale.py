@@ -31,8 +31,7 @@ from benchmarks.scale_coordinator import Frames
 from benchmarks.scale_hosts import SAVE_STEPS, SimulatedHost, Wire, layouts
 from ray_ckpt.protocol.messages import JobConfig
 
-FULL = ((64, 10**4), (64, 10**5), (64, 10**6), (512, 10**5), (512, 10**6), (4096, 10**5), (4096, 10**6),
-        (10_000, 10**5), (10_000, 10**6))  # fmt: skip
+FULL = ((64, 10**4), (64, 10**6), (512, 10**5), (4096, 10**6), (10_000, 10**4), (10_000, 10**5), (10_000, 10**6))
 QUICK = ((64, 10**4), (512, 10**5))
 RESULT = Path(__file__).parent / "results" / "scale.md"
 STEPS_A_SECOND = 20

@@ -15,6 +15,11 @@ def crosses(previous: int, step: int, every: int | None) -> bool:
     return every is not None and step // every > previous // every
 
 
+def next_crossing(step: int, every: int | None) -> float:
+    """The first step after this one that crosses a multiple of ``every``, whatever is reported in between."""
+    return float("inf") if every is None else (step // every + 1) * every
+
+
 def align(step: int, seen: int, stride: int) -> int:
     """The smallest step >= ``step`` that a loop at ``seen`` with this stride will report."""
     return seen + -(-(step - seen) // stride) * stride

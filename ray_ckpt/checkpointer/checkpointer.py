@@ -219,7 +219,7 @@ class Checkpointer:
             step = whole_step(step)
         if not self._ready or link.trouble is not None:
             self._prepare(state)
-        with link.condition:
+        with link.lock:
             due = link.logic.arrive(step)
         self._last = (step, state)
         if due is None:

@@ -44,7 +44,9 @@ class Link:
         self.rank = rank
         self.node_id = ray.get_runtime_context().get_node_id()
         self.logic = WorkerLogic(uuid.uuid4().hex[:16], rank, config)
-        self.condition = threading.Condition()
+        # The lock of the condition by itself, for the training thread: entered without the condition's own code.
+        self.lock = threading.RLock()
+        self.condition = threading.Condition(self.lock)
         self.trouble: RayCkptError | None = None
         self.on_view: Callable[[], None] = lambda: None
         self._home = home

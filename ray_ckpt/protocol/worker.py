@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ray_ckpt.errors import UsageError
-from ray_ckpt.policy import crosses
+from ray_ckpt.policy import crosses, next_crossing
 from ray_ckpt.protocol.messages import (
     JobConfig,
     Problem,
@@ -76,6 +76,7 @@ class WorkerLogic:
         self._due_step: int | None = None
         self._roll_call = -1
         self._stride = config.stride
+        self._next_due = -1.0
         self._sequence = 0
         self._seen = (0, -1)
 
@@ -87,10 +88,14 @@ class WorkerLogic:
         ``ask`` is "explicit" for `save()` and "final" for the save of a clean exit: both may name the step that
         was the last one already. Raises `UsageError` for a step that goes back.
         """
+        if self.step < step < self._next_due and ask is None and not self._accepted:
+            self._stride, self.step, self._due_step = step - self.step, step, None
+            return None
         previous = self._previous(step, ask)
         if step > previous and self.step >= 0:
             self._stride = step - previous
         self.step = step
+        self._next_due = next_crossing(step, self.config.save_steps if self._own_cadence else None)
         if step in self.snapshots or (step == self.restored_step and ask != "explicit"):
             trigger: Trigger | None = None
         elif ask is not None:
