@@ -213,6 +213,9 @@ def _node(value: Any, name: str) -> _Node | None:
             return None
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return _namedtuple_node(value)
+        if kind.__module__.startswith("jaxlib"):
+            # Arrays: JAX itself, which takes longer to say so, has no containers there.
+            return None
         registered = _jax_node(value, name)
         if registered is not None:
             return registered

@@ -103,7 +103,7 @@ def build(kind: str, like: Any, pieces: Mapping[Box, Array]) -> Any:
     if not isinstance(like.dtype, np.dtype):
         return _build_keys(jax, like, sole(pieces))
     if like.sharding is None:
-        out = jax.numpy.asarray(sole(pieces))
+        out = jax.device_put(sole(pieces))
     elif len(pieces) == 1 and len(like.sharding.device_set) == 1:
         # What the general way below gives, in half the time.
         out = jax.device_put(sole(pieces), like.sharding)
@@ -118,7 +118,7 @@ def build(kind: str, like: Any, pieces: Mapping[Box, Array]) -> Any:
 
 def _build_default(jax: Any, kind: str, array: Array) -> Any:
     """A value on the default device, or the numpy array itself where JAX would narrow it."""
-    out = jax.numpy.asarray(array)
+    out = jax.device_put(array)
     if out.dtype != array.dtype:
         return array
     return jax.random.wrap_key_data(out, impl=kind.removeprefix(_KEY)) if kind.startswith(_KEY) else out

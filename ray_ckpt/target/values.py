@@ -21,6 +21,12 @@ from ray_ckpt.types import Box
 Array = np.ndarray[Any, Any]
 Pieces = dict[Box, Array]
 
+_JAX_ALIGNMENT = 64
+"""Bytes; found by experiment with JAX 0.10."""
+
+_LARGE_NBYTES = 1 << 20
+"""From here on a copy costs more than to align."""
+
 
 def read_values(
     stored: StoredCheckpoint,
@@ -79,12 +85,24 @@ def _is_in_place(plan: LeafPlan) -> bool:
 def _allocate(name: str, source: Source) -> Pieces:
     dtype = dtype_of(source.tensor.dtype)
     try:
-        return {box: np.empty(box.shape, dtype) for box in source.boxes}
+        return {box: _aligned(np.empty(box.shape, dtype), source) for box in source.boxes}
     except (MemoryError, ValueError) as error:
         raise UsageError(
             f"{name}: no memory for its part of {dtype.name}{list(source.tensor.shape)} ({error}): restore it on"
             " more workers, or in slices (ray_ckpt.Slice)"
         ) from None
+
+
+def _aligned(array: Array, source: Source) -> Array:
+    """An array, not filled yet, or one like it that JAX takes for its own on the CPU, where it copies others."""
+    if array.nbytes < _LARGE_NBYTES or array.dtype.hasobject:
+        return array
+    if not (source.kind.startswith("jax") or hasattr(bare(source.like), "sharding")):
+        return array
+    room = np.empty(array.nbytes + _JAX_ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % _JAX_ALIGNMENT
+    aligned: Array = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    return aligned
 
 
 def _build_leaf(plan: LeafPlan, pieces: list[Pieces]) -> Any:

@@ -11,7 +11,8 @@ import pytest
 
 from ray_ckpt.errors import MismatchError, StateError
 from ray_ckpt.leaves import PerWorker, Slice
-from ray_ckpt.target import is_abstract
+from ray_ckpt.restore import read_boxes
+from ray_ckpt.target import is_abstract, values
 
 from .saving import restore, save
 
@@ -202,3 +203,21 @@ def test_the_structure_alone_gives_jax_arrays_on_the_default_device() -> None:
         check(got["w"], W, jnp.zeros(1).sharding)
         assert isinstance(got["host"], np.ndarray)
         assert got["step"] == 3
+
+
+@pytest.mark.parametrize("name", ["one", "rows", None])
+def test_large_arrays_become_jax_arrays_without_a_copy(monkeypatch: pytest.MonkeyPatch, name: str | None) -> None:
+    saved = np.arange(8 << 18, dtype=np.float32).reshape(8, -1)
+    like = jax.ShapeDtypeStruct(saved.shape, np.float32, sharding=sharding(name) if name else None)
+    read: list[int] = []
+
+    def noted(stored: Any, wanted: Any, **options: Any) -> None:
+        read.extend(array.ctypes.data for _, _, array in wanted)
+        read_boxes(stored, wanted, **options)
+
+    monkeypatch.setattr(values, "read_boxes", noted)
+    restored = restore(save([{"w": saved}]), {"w": like})["w"]
+    assert sorted(shard.data.unsafe_buffer_pointer() for shard in restored.addressable_shards) == sorted(read)
+    assert np.array_equal(restored, saved)
+    # JAX must not write over memory that is ours, when it is told that it may.
+    assert np.array_equal(jax.jit(lambda x: x + 1, donate_argnums=0)(restored), saved + 1)
