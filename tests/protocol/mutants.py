@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from ray_ckpt.protocol import host as host_module
-from ray_ckpt.protocol.coordinator import CoordinatorLogic
 from ray_ckpt.protocol.cut import Cut
 from ray_ckpt.protocol.flows import Append, DeleteClaim, DeleteData, DeleteIndex, IoFailedError, PutClaim, Until
 from ray_ckpt.protocol.generation import Generations
@@ -18,6 +17,7 @@ from ray_ckpt.protocol.keeper import Keeper
 from ray_ckpt.protocol.ledger import Ledger
 from ray_ckpt.protocol.messages import SegmentInfo
 from ray_ckpt.protocol.saves import Saves, SaveState
+from ray_ckpt.protocol.views import Views
 from ray_ckpt.protocol.worker import WorkerLogic
 from ray_ckpt.testing.simulator.disk import Disk, Op
 from ray_ckpt.testing.simulator.host import Writer
@@ -267,11 +267,17 @@ def carry_on_when_fenced(monkeypatch: pytest.MonkeyPatch) -> None:
 def forget_to_tell_of_failures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Saves, "_hopeless", lambda self, save, rank, config: None)
     monkeypatch.setattr(
-        CoordinatorLogic,
+        Views,
         "_outcomes",
         lambda self, report, worker, generation: tuple(
             o
             for s in worker.pending
-            if (o := self.saves.outcome((generation, s))) is not None and o.state == "committed"
+            if (o := self._saves.outcome((generation, s))) is not None and o.state == "committed"
         ),
     )
+
+
+@mutant("quiet", "training", "progress", "crash of the code", seed=16)
+def tell_before_conclusions_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Views, "suspend", lambda self: None)
+    monkeypatch.setattr(Views, "touch", lambda self, host: self._touched.add(host))
