@@ -84,7 +84,9 @@ class Conductor:
             "bytes": logs[0]["bytes"],
         }
         if sampler:
-            began, ended = json.loads(self._task.note(MEMORY_END).read_text())
+            # The state is whole only when the last rank has its part.
+            began = max(log["memory_from"] for log in logs)
+            ended = json.loads(self._task.note(MEMORY_END).read_text())
             saving["memory"] = above(samples, began, ended)
         self._note(saving=saving)
         return logs

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from benchmarks import machine
 from benchmarks.cases import CASES
@@ -51,7 +50,7 @@ def growth(
     text += "\n".join(["", *(f"- {name}: {value}" for name, value in meta.items()), ""])
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text)
-    Console().print(text, highlight=False)
+    typer.echo(text)
 
 
 def _measure(subject: Ours, notes: str, saves: int) -> str:

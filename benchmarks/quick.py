@@ -94,7 +94,7 @@ def _row(case: str, place: str, folder: str) -> Values:
     root = f"{folder}/bench-quick-{case}"
     shutil.rmtree(root, ignore_errors=True)
     work_s = yardstick_s()
-    row = measure_row(Task("saving", "ours", case, place, root, "", budget_s=12.0), ("saving", "restoring"), 100.0)
+    row = measure_row(Task("saving", "ours", case, place, root, "", budget_s=12.0), ("saving", "restoring"))
     if "error" in row:
         raise typer.BadParameter(f"{case} on {place} gave no result: {row['error']}\n{row.get('said', '')}")
     found = summary(row)

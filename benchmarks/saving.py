@@ -62,6 +62,7 @@ class Saving:
         subject, task = self._subject, self._task
         subject.start(LazyArrays(task.case, self._ranks.rank))
         gc.collect()
+        memory_from = subject.started_at or time.monotonic()
         first = self._with_memory()
         quickest = min(record["committed"] - record["began"] for record in first)
         count = self._ranks.agree(repetitions(quickest, task.repeats, task.budget_s))
@@ -70,6 +71,7 @@ class Saving:
         busy = [self._busy(usual) for _ in range(count)]
         files = files_of(subject.files(self._step))
         return {
+            "memory_from": memory_from,
             "first": first[0],
             "quiet": quiet,
             "busy": busy,
@@ -81,14 +83,12 @@ class Saving:
 
     def _with_memory(self) -> list[Record]:
         """The first save, and some more, while the conductor samples the machine's memory."""
-        self._ranks.barrier()
-        began = self._subject.started_at or time.monotonic()
         first = [self._save()]
         slow = first[0]["committed"] - first[0]["began"] > self._task.budget_s / self._task.repeats
         for _ in range(self._ranks.agree(1 if slow else EXTRA_SAVES)):
             first.append(self._save())
         if self._ranks.rank == 0:
-            write_json(self._task.note(MEMORY_END), [began, time.monotonic()])
+            write_json(self._task.note(MEMORY_END), time.monotonic())
         return first
 
     def _save(self) -> Record:
