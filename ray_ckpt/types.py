@@ -93,7 +93,14 @@ class Layout:
 
 
 def _layout(leaves: list[tuple[str, str, Shape, list[tuple[Shape, Shape]], str]], tree: str, digest: str) -> Layout:
-    specs = (LeafSpec(n, d, s, tuple(Box(*b) for b in boxes), k) for n, d, s, boxes, k in leaves)
+    # Leaves repeat few forms: each is kept once.
+    forms: dict[Any, Any] = {}
+    specs = []
+    for name, dtype, shape, parts, kind in leaves:
+        key = (shape, *parts)
+        if key not in forms:
+            forms[key] = shape, tuple(Box(*part) for part in parts)
+        specs.append(LeafSpec(name, dtype, *forms[key], kind))
     return Layout(tuple(specs), tree, digest)
 
 
