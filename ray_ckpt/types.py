@@ -94,13 +94,14 @@ class Layout:
 
 def _layout(leaves: list[tuple[str, str, Shape, list[tuple[Shape, Shape]], str]], tree: str, digest: str) -> Layout:
     # Leaves repeat few forms: each is kept once.
-    forms: dict[Any, Any] = {}
+    forms: dict[tuple[Any, ...], tuple[Shape, tuple[Box, ...]]] = {}
     specs = []
     for name, dtype, shape, parts, kind in leaves:
         key = (shape, *parts)
         if key not in forms:
             forms[key] = shape, tuple(Box(*part) for part in parts)
-        specs.append(LeafSpec(name, dtype, *forms[key], kind))
+        shape, boxes = forms[key]
+        specs.append(LeafSpec(name, dtype, shape, boxes, kind))
     return Layout(tuple(specs), tree, digest)
 
 
