@@ -41,7 +41,8 @@ Medians; the ratio of a column is the median of ratios to the bound taken in the
 - **memory**: peak of the machine's anonymous and shared pages during the first saves, above the state; on a disk only,
   since on /dev/shm the checkpoint itself is memory.
 - **bytes**: of the checkpoint, in units of the state.
-- **flipped byte**, in the middle of the largest file: noticed by an error, silent (wrong values) or unharmed.
+- **flipped byte**, in the middle of the largest file: noticed by an error, silent (wrong values) or unharmed; tried in
+  the first place only.
 
 Bounds are medians over all rows: memcpy and crc32c by one thread, a sequential write with fsync, a sequential read into
 new memory. With several ranks each does its part at the same time."""

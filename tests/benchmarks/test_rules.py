@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks import report, rules
-from benchmarks.quick import allowed, slower
+from benchmarks.quick import LOST, allowed, slower
 from benchmarks.run import Results, rounded
 from benchmarks.subjects import SUBJECTS
 
@@ -147,10 +147,12 @@ def test_floats_are_rounded_at_any_depth() -> None:
 
 
 def test_the_margin() -> None:
-    stored = {"a": 1.0, "b": 0.01}
-    assert slower({"a": allowed(1.0), "b": allowed(0.01), "new": 99.0}, stored) == []
-    assert slower({"a": allowed(1.0) + 0.01, "b": 0.02}, stored) == ["a"]
-    assert allowed(1.0) > 1.0
+    stored = {"a": 1.0, "b": 0.01, f"c: {LOST}": -3.0}
+    at = {name: allowed(name, value) for name, value in stored.items()}
+    assert slower({**at, "new": 99.0}, stored) == []
+    assert slower({name: value + 0.01 for name, value in at.items()}, stored) == list(stored)
+    assert at["a"] > 1.0
+    assert at[f"c: {LOST}"] > 0.0
 
 
 def test_every_subject_has_a_module() -> None:
