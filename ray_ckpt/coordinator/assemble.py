@@ -18,19 +18,29 @@ from ray_ckpt.metadata import DEFAULT_KIND, Metadata, RankTree, WriterNote, enco
 from ray_ckpt.protocol.saves import SaveState
 from ray_ckpt.types import METADATA_KEY, Layout, Plan, ShardReport
 
+Entries = list[tuple[bytes, bytes]]
 
-def metadata_shard(save: SaveState, plan: Plan, layouts: Sequence[Layout], now: float) -> tuple[bytes, ShardReport]:
+
+def partitioned_entries(plan: Plan) -> Entries:
+    """The full entries (key, value) of the tensors that are stored in slices: the same in all saves by this plan."""
+    return [
+        (tensor.name.encode(), encode_partitioned(tensor.dtype, tensor.shape, tensor.boxes))
+        for tensor in plan.tensors
+        if len(tensor.boxes) > 1
+    ]
+
+
+def metadata_shard(
+    save: SaveState, partitioned: Entries, layouts: Sequence[Layout], now: float
+) -> tuple[bytes, ShardReport]:
     """The bytes of the coordinator's own shard and its report; ``layouts`` by rank.
 
-    Its run also holds the full entries of the tensors that are stored in slices.
+    Its run also holds the entries of the tensors that are stored in slices, see `partitioned_entries`.
     """
     raw, crc = encode_strings([encode(_metadata(save, layouts, now))], ())
     num_shards = save.order.num_shards
     shard_id = num_shards - 1
-    pairs = [(METADATA_KEY.encode(), encode_piece(STRING, (), shard_id, 0, len(raw), crc))]
-    for tensor in plan.tensors:
-        if len(tensor.boxes) > 1:
-            pairs.append((tensor.name.encode(), encode_partitioned(tensor.dtype, tensor.shape, tensor.boxes)))
+    pairs = [(METADATA_KEY.encode(), encode_piece(STRING, (), shard_id, 0, len(raw), crc)), *partitioned]
     report = ShardReport(
         attempt=save.attempt,
         writer=save.num_writers,
