@@ -31,10 +31,10 @@ ALLOWANCE = 0.15
 LOST = "lost / memcpy"
 LOST_ALLOWANCE = 2.0
 MARGIN = (
-    f"Allowed: {FACTOR} x the stored ratio + {ALLOWANCE}, + {LOST_ALLOWANCE} for lost time, which is a small difference"
-    " of large times. Medians of five differ by up to a third from run to run on a virtual machine with two cores, those"
-    " of the quickest by some ms more; what a change to the code does wrong (another copy, one write after another, work"
-    " for each tensor) costs more than that."
+    f"Allowed: {FACTOR} x the stored ratio + {ALLOWANCE}, + {LOST_ALLOWANCE} for lost time, a small difference of large"
+    " times. Medians of five differ by up to a third from run to run on a virtual machine with two cores, those of the"
+    " quickest by some ms more; what a change to the code does wrong (another copy, one write after another, work for"
+    " each tensor) costs more than that."
 )
 ROWS = (("quick", "disk"), ("quick", "shm"), ("small", "shm"))
 CALLS = 20_000

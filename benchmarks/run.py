@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -82,6 +83,8 @@ def run(
 ) -> None:
     """Measure ray_ckpt and its peers on the same state, beside the bounds of the machine."""
     console = Console()
+    # However it is ended: out through every ``finally``, so that no process and no folder is left.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if report_only:
         results = Results(out)
         results.write()
