@@ -98,7 +98,6 @@ class SimulatedHost:
             due = self.worker.arrive(step)
             if due is not None and due.snapshot is not None:
                 self._sealing = True
-                self._tell()
                 self.wire.later(self.wire.rng.uniform(0, SEALS_S), lambda: self._seal(step))
 
     def beat(self) -> None:

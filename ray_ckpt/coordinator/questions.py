@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from ray_ckpt.protocol.messages import HostView
-from ray_ckpt.protocol.views import essence
+from ray_ckpt.protocol.views import adds_to
 
 Seen = tuple[int, int]
 """(epoch, version) of the newest view that a host has; (0, -1) before the first."""
@@ -26,7 +26,7 @@ class Questions:
         self._view = view
         self._open: dict[str, _Question] = {}
         self._missed: set[str] = set()
-        self._sent: dict[str, tuple[HostView, HostView]] = {}
+        self._sent: dict[str, HostView] = {}
 
     async def ask(self, host: str, seen: Seen, wait_s: float) -> HostView | None:
         """The host's next view; None if there is none within ``wait_s``, or the host has asked again meanwhile."""
@@ -37,7 +37,7 @@ class Questions:
             older.answer.set_result(None)
         self._open[host] = question
         sent = self._sent.get(host)
-        if host in self._missed or (sent is not None and (sent[0].epoch, sent[0].version) > seen):
+        if host in self._missed or (sent is not None and (sent.epoch, sent.version) > seen):
             self._look(host)
         end = loop.call_later(wait_s, self._expire, host, question)
         try:
@@ -70,11 +70,10 @@ class Questions:
 
     def _is_new(self, host: str, view: HostView, seen: Seen, *, at_once: bool) -> bool:
         """Whether it says what the host does not have yet, and is worth an answer at once; then it is on its way."""
-        main = essence(view)
         sent = self._sent.get(host)
-        if sent is not None and (sent[0].epoch, sent[0].version) <= seen:
-            same = main == sent[1] if at_once else replace(view, version=sent[0].version) == sent[0]
-            if same:
+        if sent is not None and (sent.epoch, sent.version) <= seen:
+            new = adds_to(view, sent) if at_once else replace(view, version=sent.version) != sent
+            if not new:
                 return False
-        self._sent[host] = view, main
+        self._sent[host] = view
         return True

@@ -8,7 +8,7 @@ heard of a moment ago may be a member, and a proposal that it holds may be one t
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 from ray_ckpt.protocol.cut import Cut
@@ -24,12 +24,32 @@ _HOST_TIMEOUT_S = 30.0
 """Where no job has said anything yet."""
 
 
-def essence(view: HostView) -> HostView:
-    """What of a view is worth an answer at once; the rest goes with the next one: whom people would wait for, and what
-    need not be sent again.
+_common_part = attrgetter("epoch", "oldest_generation", "fingerprints", "poll_s", "watched")
+_worker_part = attrgetter(
+    "worker", "roll_call", "generation", "refused", "error", "restore", "restore_done", "fingerprint", "proposals"
+)
+
+
+def adds_to(view: HostView, known: HostView) -> bool:
+    """Whether a view is worth an answer at once to a host that has ``known``.
+
+    What it only says no more is not, nor whom people would wait for, nor what need not be sent again.
     """
-    workers = tuple(replace(worker, late="") for worker in view.workers)
-    return replace(view, version=0, workers=workers, orders=tuple(replace(order, done=()) for order in view.orders))
+    if _common_part(view) != _common_part(known) or not set(view.decided) <= set(known.decided):
+        return True
+    attempts = {order.attempt for order in known.orders}
+    if any(order.attempt not in attempts for order in view.orders):
+        return True
+    workers = {worker.worker: worker for worker in known.workers}
+    return any(_worker_adds(worker, workers.get(worker.worker)) for worker in view.workers)
+
+
+def _worker_adds(view: WorkerView, known: WorkerView | None) -> bool:
+    if known is None or _worker_part(view) != _worker_part(known):
+        return True
+    if view.plan is not None and view.plan != known.plan:
+        return True
+    return not (set(view.outcomes) <= set(known.outcomes) and set(view.requests) <= set(known.requests))
 
 
 class Views:
