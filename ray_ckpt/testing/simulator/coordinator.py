@@ -9,6 +9,7 @@ from ray_ckpt.errors import RayCkptError
 from ray_ckpt.protocol.coordinator import CoordinatorLogic
 from ray_ckpt.protocol.flows import Io, IoFailedError
 from ray_ckpt.protocol.messages import HostReport, HostView
+from ray_ckpt.protocol.views import adds_to
 from ray_ckpt.testing.simulator.actions import perform
 from ray_ckpt.testing.simulator.world import Process, World
 
@@ -71,7 +72,7 @@ class Coordinator(Process):
         self._pump()
         for host in sorted(self.logic.views.take_changed()):
             if host in self._agents:
-                self._tell(self._agents[host])
+                self._tell(self._agents[host], at_once=True)
 
     def request_save(self, request_id: str) -> None:
         """The driver asks for a save."""
@@ -103,10 +104,12 @@ class Coordinator(Process):
         self._pump()
         self.derive_soon()
 
-    def _tell(self, agent: Agent) -> None:
-        """Send a host its view, unless it says nothing new."""
-        view = self.logic.view(agent.where)
-        if view is not None and self._said.get(agent.name) != replace(view, version=0):
+    def _tell(self, agent: Agent, *, at_once: bool = False) -> None:
+        """Send a host its view, unless it says nothing new, or nothing that is worth an answer ``at_once``."""
+        view, said = self.logic.view(agent.where), self._said.get(agent.name)
+        if view is None:
+            return
+        if said is None or (adds_to(view, said) if at_once else replace(view, version=0) != said):
             self._said[agent.name] = replace(view, version=0)
             self.world.send(self.where, agent.where, lambda: agent.on_view(view))
 
