@@ -21,8 +21,8 @@ from benchmarks.task import Ranks, Task, write_json
 Record = dict[str, Any]
 
 EXTRA_SAVES = 2
-WINDOW = 1.3
-"""The window of steps beside a save covers its usual time until commit by this factor, so that it ends inside."""
+WINDOW = 2.0
+"""The window of steps beside a save is longer than it usually takes until commit by this factor: it ends inside."""
 
 BASELINE_ROUNDS = 2
 KEPT = 2
@@ -133,7 +133,7 @@ class Saving:
     def _busy(self, usual_s: float) -> Record:
         """A save and steps beside it, against the same steps without one just before.
 
-        The window is as many steps as cover the usual save by a third and every tensor once; then `wait`, whose
+        The window is as many steps as take twice as long as the usual save, and every tensor once; then `wait`, whose
         time counts as lost too.
         """
         subject, loop, ranks = self._subject, self._loop, self._ranks

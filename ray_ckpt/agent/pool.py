@@ -37,12 +37,14 @@ class WriterPool:
         }
         self._store = store
         self._write = ray.remote(write_shard).options(name="ray_ckpt.write_shard", **options)
+        self._warming: list[Any] = []
         self._warm = ray.remote(_warm_up).options(name="ray_ckpt.warm_up", **options)
 
     def warm_up(self, writers: int) -> None:
-        """Start the processes of the pool in the background."""
-        for _ in range(writers):
-            self._warm.remote(self._store)
+        """Start the processes of the pool in the background, unless they are starting already."""
+        if self._warming and len(ray.wait(self._warming, num_returns=len(self._warming), timeout=0)[1]):
+            return
+        self._warming = [self._warm.remote(self._store) for _ in range(writers)]
 
     async def write(self, path: str, *, timeout_s: float, **arguments: Any) -> ShardReport:
         """One try of one shard, which may take ``timeout_s``.
