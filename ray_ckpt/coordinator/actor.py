@@ -96,9 +96,9 @@ class Coordinator:
         except Exception:
             # Without further derivations no deadline would pass and the actor would never end.
             logger.exception("%s: the coordinator goes on after an unexpected error", self._url)
+        self._took_s = time.monotonic() - began
         self._publish()
         self._derived_at = time.monotonic()
-        self._took_s = self._derived_at - began
 
     # -- called by drivers and the command line -----------------------------------------------------------
 

@@ -89,10 +89,11 @@ class CoordinatorLogic:
         self.derive(now)
 
     def answered(self, io_id: int, result: Any, now: float) -> None:
-        """Go on with the flow whose action has ended; `derive` is to be called soon."""
+        """Go on with the flow whose action has ended, and those that waited for it; `derive` is to be called soon."""
         self.ledger.now = max(self.ledger.now, now)
         self.views.suspend()
         self.flows.done(io_id, result)
+        self.flows.poll()
 
     def request_save(self, request_id: str, reason: str, now: float) -> None:
         """The driver or the command line asks for a save soon."""
