@@ -35,7 +35,7 @@ def poll_s(hosts: int, host_timeout_s: float, *, watched: bool) -> float:
 
 
 _STEP = ("step", "stride")
-_UNTOLD = ("sequence", *_STEP, "layout")
+_UNTOLD = ("sequence", *_STEP, "layout", "pending")
 _gist = attrgetter(*(name for name in WorkerReport.__dataclass_fields__ if name not in _UNTOLD))
 _rest = attrgetter("incarnation", "epoch", "dead", "segments", "shards", "failures")
 
@@ -43,6 +43,9 @@ _rest = attrgetter("incarnation", "epoch", "dead", "segments", "shards", "failur
 def is_news(report: WorkerReport, known: WorkerReport | None, *, steps: bool) -> bool:
     """Whether a worker has more to tell than that it goes on; ``steps``: that it goes on is wanted too."""
     if known is None or report.layout is not None or _gist(report) != _gist(known):
+        return True
+    if not set(report.pending) <= set(known.pending):
+        # That an outcome was heard of is no news.
         return True
     return steps and (report.step, report.stride) != (known.step, known.stride)
 

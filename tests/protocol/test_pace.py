@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from ray_ckpt.protocol.messages import HostView, JobConfig
-from ray_ckpt.protocol.pace import IDLE_S, WATCHED_S, poll_s, spread_s
+from ray_ckpt.protocol.pace import IDLE_S, WATCHED_S, is_news, poll_s, spread_s
 from ray_ckpt.protocol.views import adds_to
 from tests.protocol.harness import Job, World, beat
 
@@ -193,3 +193,10 @@ def test_what_is_said_no_more_wakes_nobody() -> None:
     decided = replace(view, decided=((1, 5),))
     assert adds_to(decided, view)
     assert not adds_to(view, decided)
+
+
+def test_to_have_heard_of_an_outcome_is_no_news() -> None:
+    _, job = started(TWO)
+    known = replace(job.workers[0].report(), pending=(5, 10))
+    assert not is_news(replace(known, pending=(10,)), known, steps=False)
+    assert is_news(replace(known, pending=(5, 10, 15)), known, steps=False)
