@@ -45,8 +45,7 @@ def growth(
             text = _measure(Ours(CASES["quick"], 0, folder), notes, saves)
         finally:
             Ours.tear_down()
-    meta = machine.describe({"disk": str(disk)})
-    meta["command"] = meta["command"].replace("benchmarks.run", "benchmarks.growth")
+    meta = machine.describe({"disk": str(disk)}, "benchmarks.growth")
     text += "\n".join(["", *(f"- {name}: {value}" for name, value in meta.items()), ""])
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text)

@@ -13,11 +13,11 @@ from pathlib import Path
 PACKAGES = (*("ray_ckpt", "ray", "numpy", "crc32c", "tensorflow", "jax", "orbax-checkpoint", "tensorstore", "torch"),)
 
 
-def describe(places: dict[str, str]) -> dict[str, str]:
-    """Everything by name; ``places``: name of a place -> its directory."""
+def describe(places: dict[str, str], module: str = "benchmarks.run") -> dict[str, str]:
+    """Everything by name; ``places``: name of a place -> its directory; ``module`` is what was run."""
     found = {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        "command": " ".join(["python -m benchmarks.run", *sys.argv[1:]]),
+        "command": " ".join([f"python -m {module}", *sys.argv[1:]]),
         "commit": _commit(),
         "kernel": platform.release(),
         "CPU": f"{os.cpu_count()} x {_field('/proc/cpuinfo', 'model name')}",
