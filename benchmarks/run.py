@@ -29,12 +29,16 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 class Results:
     """``results.json`` of a folder, and what is made from it; written after every row."""
 
-    def __init__(self, folder: Path, meta: dict[str, str] | None = None) -> None:
+    def __init__(self, folder: Path, meta: dict[str, str] | None = None, *, resume: bool = False) -> None:
         self._folder = folder
         self._path = folder / "results.json"
         found: dict[str, Any] = json.loads(self._path.read_text()) if self._path.exists() else {}
         self.rows: list[Row] = found.get("rows", [])
-        self.meta: dict[str, str] = meta or found.get("meta", {})
+        old: dict[str, str] = found.get("meta", {})
+        self.meta = {**old, **(meta or {})}
+        if resume and old and meta:
+            # Rows of several commands stand in one table.
+            self.meta |= {name: f"{old[name]}; {meta[name]}" for name in ("date", "command", "commit")}
 
     def has(self, *key: str) -> bool:
         """Whether this (place, case, subject) is there and did not fail."""
@@ -93,7 +97,7 @@ def run(
     places = {name: {"disk": str(disk), "shm": "/dev/shm"}[name] for name in _of(where, ("disk", "shm"))}
     disk.mkdir(parents=True, exist_ok=True)
     order = [(p, c, s) for c in _of(cases, tuple(CASES)) for p in places for s in _of(subjects, tuple(SUBJECTS))]
-    results = Results(out, machine.describe(places))
+    results = Results(out, machine.describe(places), resume=resume)
     if not resume:
         results.rows = [row for row in results.rows if _key(row) not in order]
     began = time.monotonic()

@@ -94,7 +94,9 @@ class Views:
         forming = self._generations.forming
         config = self._generations.config or (forming.config if forming else None)
         timeout_s = config.host_timeout_s if config else _HOST_TIMEOUT_S
-        self._poll_s = poll_s(len(self._roster.hosts), timeout_s, watched=self._cut.watching)
+        # While somebody waits, whom for is to be told without news: it goes with the answer that says nothing else.
+        waited_for = forming is not None or bool(self._saves.active)
+        self._poll_s = poll_s(len(self._roster.hosts), timeout_s, watched=self._cut.watching or waited_for)
         common = self._find_common(forming)
         if common != self._common:
             self._common = common
