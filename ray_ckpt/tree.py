@@ -453,7 +453,10 @@ def _revisit(value: Any, seen: _Seen, found: list[Any]) -> bool:
 
 
 def _keys(value: Any, parts: list[str] | None) -> list[Any]:
-    """What tells a container from another of its type; of a dict also the keys' types, as 1 and True are equal."""
+    """What tells a container from another of its type; equal keys of a dict (1, True; 0.0, -0.0) are told apart."""
+    if isinstance(value, PerWorker):
+        return [type(value.value), *_keys(value.value, parts)]
     if isinstance(value, dict):
-        return [*value, *map(type, value)]
+        kinds = list(map(type, value))
+        return [*value, *kinds, *(map(repr, value) if float in kinds else ())]
     return [len(value)] if isinstance(value, (list, tuple)) else parts or []

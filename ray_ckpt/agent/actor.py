@@ -110,7 +110,11 @@ class Agent:
 
     def _living(self, but: str = "") -> set[int]:
         """The ranks of the processes on this host, but for one worker's."""
-        return {r.rank for worker, r in self._logic.workers.items() if worker != but and self._lives(worker)}
+        return {
+            r.rank
+            for worker, r in self._logic.workers.items()
+            if worker != but and not r.finished and self._lives(worker)
+        }
 
     def _lives(self, worker: str) -> bool:
         process = self._processes.get(worker)
@@ -136,6 +140,7 @@ class Agent:
             self._logic.incarnation = memory.next_incarnation()
             self._memory = memory
             self._logic.on_segments(memory.sealed(), memory.layouts())
+            asyncio.get_running_loop().run_in_executor(None, memory.sweep)
         store = open_store(self._url, storage_options=self._options, single_coordinator=self._single_coordinator)
         self._pool = WriterPool(self._node_id, store)
         self._pool.warm_up(self._logic.max_writes)
@@ -237,14 +242,21 @@ class Agent:
         self._news.clear()
         asked = asyncio.ensure_future(self._exchange())
         self._tasks.add(asked)
-        asked.add_done_callback(self._tasks.discard)
+        asked.add_done_callback(self._asked)
         news = asyncio.ensure_future(self._news.wait())
         await asyncio.wait({asked, news}, return_when=asyncio.FIRST_COMPLETED)
         news.cancel()
         if not asked.done():
-            await asyncio.sleep(_DEBOUNCE_S)
+            # While there is no coordinator, no more often than it is looked for.
+            await asyncio.sleep(_DEBOUNCE_S if self._coordinator is not None else _AGAIN_S)
         elif asked.exception() is not None:
-            asked.result()
+            await asyncio.sleep(_AGAIN_S)
+
+    def _asked(self, asked: asyncio.Task[None]) -> None:
+        """A question has ended, perhaps one that a newer one has taken the place of."""
+        self._tasks.discard(asked)
+        if not asked.cancelled() and (error := asked.exception()) is not None:
+            logger.error("%s: the agent goes on after an unexpected error", self._url, exc_info=error)
 
     async def _exchange(self) -> None:
         known = self._logic.view
@@ -253,15 +265,18 @@ class Agent:
             # Nobody here needs one: to start it would take the directory from a newer job.
             await asyncio.sleep(_AGAIN_S)
             return
+        asked = None
         try:
             if self._coordinator is None:
                 self._coordinator = find_or_start(self._url, self._options, single_coordinator=self._single_coordinator)
+            asked = self._coordinator
             wait_s = known.poll_s if known else _AGAIN_S
-            view: HostView | None = await self._coordinator.exchange.remote(self._logic.report(), seen, wait_s)
+            view: HostView | None = await asked.exchange.remote(self._logic.report(), seen, wait_s)
         except RayError as error:
             # Ray is restarting it, or it is gone for good and the next look-up starts another.
             logger.warning("the coordinator of %s does not answer: %s", self._url, error)
-            self._coordinator = None
+            if self._coordinator is asked:
+                self._coordinator = None
             await asyncio.sleep(_AGAIN_S)
             return
         if view is not None:

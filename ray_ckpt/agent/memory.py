@@ -51,10 +51,12 @@ class HostMemory:
         else:
             own = Path(folder) / name
             own.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # What runs left behind that were killed, or whose cluster ended first, would fill the memory of the host.
-        for path in drop_empty(own.parent, time.time() - _ABANDONED_S):
-            logger.info("%s: removed, as its run is gone", path)
         return cls(own)
+
+    def sweep(self) -> None:
+        """Remove what other runs left behind that were killed, or whose cluster ended first: it fills the host."""
+        for path in drop_empty(self.folder.parent, time.time() - _ABANDONED_S):
+            logger.info("%s: removed, as its run is gone", path)
 
     def prepare(self, rank: int, nbytes: int, slots: int, living: Collection[int] = ()) -> list[str]:
         """Make up to ``slots`` segments that hold ``nbytes`` each for a rank, and populate them; their paths.

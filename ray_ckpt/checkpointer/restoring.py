@@ -8,7 +8,7 @@ assigned, once the choice is known.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ray_ckpt import log
@@ -72,7 +72,7 @@ def _read_ahead(link: Link, store: Store, wish: RestoreWish, read: Read) -> tupl
     try:
         live = log.live_checkpoints(store)
         found = [c for c in live if (c.step == wish.step if wish.kind == "step" else not c.superseded)]
-        if not found:
+        if not found or (wish.kind == "newest" and _is_newer_claimed(store, live)):
             return None
         with log.pin(store, found[-1].prefix, by=f"rank {link.rank}, before the choice"):
             return _id(found[-1]), read(open_checkpoint(store, found[-1]))
@@ -80,6 +80,12 @@ def _read_ahead(link: Link, store: Store, wish: RestoreWish, read: Read) -> tupl
         # It is met again, and told, when this checkpoint is chosen.
         logger.debug("%s: nothing was read ahead: %s", link.url, error)
         return None
+
+
+def _is_newer_claimed(store: Store, live: Sequence[Checkpoint]) -> bool:
+    """Whether agents of the start before may be finishing a save at this moment, which would then be chosen."""
+    prefixes, newest = {c.prefix for c in live}, max(c.step for c in live)
+    return any(claim.step > newest and claim.prefix not in prefixes for claim in log.list_claims(store))
 
 
 def _decided_anew(link: Link, decision: RestoreDecision, timeout_s: float) -> bool:

@@ -30,7 +30,7 @@ class Slots:
     def grow(self, nbytes: int) -> None:
         """See to it, in the background, that there are segments of this size."""
         with self._lock:
-            if nbytes <= self._nbytes or (self._thread is not None and self._thread.is_alive()):
+            if self._closed or nbytes <= self._nbytes or (self._thread is not None and self._thread.is_alive()):
                 return
             self.error = None
             self._thread = threading.Thread(target=self._grow, args=(nbytes,), name="ray-ckpt-memory", daemon=True)
@@ -73,11 +73,12 @@ class Slots:
 
     def close(self) -> None:
         """Unmap all segments; what is sealed stays with the agent."""
+        with self._lock:
+            self._closed = True
         if self._thread is not None:
             # The agent may not answer it for minutes; it closes what it opens after this.
             self._thread.join(_CLOSE_S)
         with self._lock:
-            self._closed = True
             for segment in self._segments.values():
                 segment.close()
             self._segments = {}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from ray_ckpt.protocol.messages import HostView
 from ray_ckpt.protocol.views import adds_to
+
+logger = logging.getLogger(__name__)
 
 Seen = tuple[int, int]
 """(epoch, version) of the newest view that a host has; (0, -1) before the first."""
@@ -50,7 +53,12 @@ class Questions:
     def answer(self, hosts: Iterable[str]) -> None:
         """Look again for these hosts and for those that did not ask, or could not be answered, the last time."""
         for host in self._missed.union(hosts):
-            self._look(host)
+            try:
+                self._look(host)
+            except Exception:
+                # The others wait too; this one is told when its question ends.
+                self._missed.add(host)
+                logger.exception("no view can be made for host %s", host)
 
     def _look(self, host: str) -> None:
         question = self._open.get(host)
@@ -63,9 +71,15 @@ class Questions:
             question.answer.set_result(view)
 
     def _expire(self, host: str, question: _Question) -> None:
-        if not question.answer.done():
+        if question.answer.done():
+            return
+        try:
             view = self._view(host)
             new = view is not None and self._is_new(host, view, question.seen, at_once=False)
+        except Exception as error:
+            # Whoever waits must hear of it: nothing else would ever end this question.
+            question.answer.set_exception(error)
+        else:
             question.answer.set_result(view if new else None)
 
     def _is_new(self, host: str, view: HostView, seen: Seen, *, at_once: bool) -> bool:

@@ -15,6 +15,7 @@ from ray_ckpt.snapshot.segment import Segment, SegmentState
 from ray_ckpt.snapshot.table import SaveId
 
 _BASE = Path("/dev/shm")
+_SEGMENT_NAME = "[0-9][0-9][0-9][0-9][0-9]-*.segment"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,23 +78,30 @@ def scan(folder: str | Path) -> list[SegmentInfo]:
 def drop_empty(folder: str | Path, older_than: float) -> list[Path]:
     """Remove the empty segments of all runs in a folder that nobody has open; their paths.
 
-    They hold nothing to recover: their processes were killed before they could give them back. One modified
-    since ``older_than`` (seconds since the epoch) stays, as somebody may be about to open it.
+    They hold nothing to recover: their processes were killed before they could give them back, some of them while they
+    filled one. One modified since ``older_than`` (seconds since the epoch) stays, as somebody may be about to open
+    it. Never raises: the folder may hold anything else too.
     """
     gone = []
-    for run in sorted(Path(folder).glob("*/")):
-        for found in scan(run):
-            if found.state is SegmentState.EMPTY and not found.in_use and found.modified < older_than:
-                with contextlib.suppress(StorageError):
-                    gone.extend([found.path] if reclaim(found.path) else [])
+    for path in sorted(Path(folder).glob(f"*/{_SEGMENT_NAME}")):
+        with contextlib.suppress(StorageError, OSError):
+            if path.stat().st_mtime < older_than and not in_use(path) and _is_empty(path) and reclaim(path):
+                gone.append(path)
     return gone
+
+
+def _is_empty(path: Path) -> bool:
+    with Segment.open(path, writable=True) as segment:
+        segment.empty_if_abandoned()
+        return segment.state is SegmentState.EMPTY
 
 
 @contextlib.contextmanager
 def _exclusive(path: str | Path) -> Iterator[bool]:
     """Whether we are the only user, who holds the file as long as this runs."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        # Not blocking, should it be a pipe.
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as err:
         raise StorageError(f"{path}: cannot open the segment: {err.strerror}") from err
     try:

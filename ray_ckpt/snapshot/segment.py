@@ -42,7 +42,7 @@ from ray_ckpt.snapshot.process import ProcessId
 from ray_ckpt.snapshot.table import SaveId, Table, decode_digests, decode_save, decode_table, encode_save
 
 MAX_WRITERS = 1024
-_MAGIC = b"RAYCKPT2"
+_MAGIC = b"RAYCKPT3"
 _PAGE = 4096
 _TRIES_AT = 4096
 HEADER_NBYTES = _TRIES_AT + 16 * MAX_WRITERS
@@ -137,16 +137,19 @@ class Segment:
         """
         path = Path(path)
         try:
-            fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_NOFOLLOW | os.O_CLOEXEC)
+            # Not blocking, should it be a pipe.
+            mode = (os.O_RDWR if writable else os.O_RDONLY) | os.O_NONBLOCK
+            fd = os.open(path, mode | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError as err:
             raise StorageError(f"{path}: cannot open the segment: {err.strerror}") from err
         try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode) or os.pread(fd, len(_MAGIC), 0) != _MAGIC:
+                raise StorageError(f"{path} is not a segment of this version; remove it if nobody uses it")
+            # Only now: somebody may hold the lock of another kind of file for ever.
             fcntl.flock(fd, fcntl.LOCK_SH)
             found = os.fstat(fd)
             if found.st_uid != os.getuid() or not found.st_nlink:
                 raise StorageError(f"{path}: the segment belongs to another user or has just been removed")
-            if not stat.S_ISREG(found.st_mode) or os.pread(fd, len(_MAGIC), 0) != _MAGIC:
-                raise StorageError(f"{path} is not a segment of this version; remove it if nobody uses it")
             return cls(path, fd, writable=writable)
         except BaseException:
             os.close(fd)

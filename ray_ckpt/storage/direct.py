@@ -23,8 +23,6 @@ WORTHWHILE_NBYTES = 1 << 20
 _LOCAL_DISKS = {0xEF53, 0x58465342}
 """`statfs(2)` f_type of ext4 (and 2, 3) and of XFS."""
 
-_LARGE_NBYTES = 1 << 20
-
 
 def fits(data: memoryview) -> bool:
     """Whether these bytes begin with enough whole pages, in place, that the page cache can be passed by."""

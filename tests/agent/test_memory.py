@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -74,18 +75,35 @@ def test_a_rank_that_left_gives_back_what_is_empty_and_unused(tmp_path: Path) ->
 
 def test_memory_of_runs_that_were_killed_is_removed(tmp_path: Path) -> None:
     long_ago = time.time() - 3600
-    folders = {name: HostMemory.open(name, "host", str(tmp_path)) for name in ("empty", "sealed", "young", "open")}
+    runs = ("empty", "filling", "sealed", "young", "open")
+    folders = {name: HostMemory.open(name, "host", str(tmp_path)) for name in runs}
     paths = {name: Path(memory.prepare(0, 1000, 1)[0]) for name, memory in folders.items()}
     with Segment.open(paths["sealed"], writable=True) as segment, segment.fill(SAVE):
         segment.seal(json.dumps({**EMPTY_TABLE, "save": asdict(SAVE)}).encode())
-    for name in ("empty", "sealed", "open"):
+    kill_in_snapshot(str(paths["filling"]))
+    for name in set(runs) - {"young"}:
         os.utime(paths[name], (long_ago, long_ago))
     for memory in folders.values():
         for mapped in memory._segments.values():
             mapped.close()
     with Segment.open(paths["open"]):
-        HostMemory.open("new", "host", str(tmp_path))
+        HostMemory.open("new", "host", str(tmp_path)).sweep()
     assert {name for name, path in paths.items() if path.exists()} == {"sealed", "young", "open"}
+
+
+def test_what_others_keep_in_the_same_folder_is_left_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    pipe, locked, text = (folder / f"0000{i}-0.segment" for i in range(3))
+    os.mkfifo(pipe)
+    for path in (locked, text):
+        path.write_text("not a segment")
+    for path in (pipe, locked, text):
+        os.utime(path, (0, 0))
+    with locked.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        HostMemory.open("new", "host", str(tmp_path)).sweep()
+    assert all(path.exists() for path in (pipe, locked, text))
 
 
 def test_while_memory_is_made_the_agent_can_look_at_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

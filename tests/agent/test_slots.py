@@ -25,3 +25,12 @@ def test_closing_does_not_wait_for_an_agent_that_hangs(tmp_path: Path) -> None:
     assert told.wait(60)
     assert slots.free(0) is None
     assert not in_use(tmp_path / "s"), "what came too late is closed again"
+
+
+def test_nothing_grows_once_it_is_closed(tmp_path: Path) -> None:
+    asked: list[int] = []
+    slots = Slots(lambda nbytes: asked.append(nbytes) or [], lambda: None)  # type: ignore[func-returns-value]
+    slots.close()
+    slots.grow(100)
+    assert slots._thread is None
+    assert not asked

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
+import pytest
+
 from ray_ckpt.coordinator.questions import Questions
 from ray_ckpt.protocol.messages import HostView, WorkerView
 
@@ -132,3 +134,26 @@ def test_whom_all_wait_for_is_told_at_the_end_of_the_wait() -> None:
         assert await world.questions.ask("a", seen(found), 0.01) is None
 
     run(scene)
+
+
+def test_a_view_that_cannot_be_made_leaves_nobody_waiting(caplog: pytest.LogCaptureFixture) -> None:
+    async def scene(world: World) -> None:
+        views = {host: await world.first(host) for host in ("a", "b")}
+        make = world.questions._view
+
+        def fail(host: str) -> HostView | None:
+            if host == "a":
+                raise RuntimeError("no view of a")
+            return make(host)
+
+        world.questions._view = fail
+        asked = {host: asyncio.ensure_future(world.questions.ask(host, seen(views[host]), 0.01)) for host in ("a", "b")}
+        await asyncio.sleep(0)
+        world.decided["b"] = ((1, 5),)
+        world.questions.answer(["a", "b"])
+        assert (await asked["b"]) is not None
+        with pytest.raises(RuntimeError, match="no view of a"):
+            await asked["a"]
+
+    run(scene)
+    assert "no view can be made for host a" in caplog.text

@@ -13,12 +13,12 @@ import pytest
 from ray_ckpt.bundle import shard_name
 from ray_ckpt.checkpointer.restoring import restore
 from ray_ckpt.errors import MismatchError
-from ray_ckpt.log import list_pins
+from ray_ckpt.log import list_pins, put_claim
 from ray_ckpt.protocol.messages import RestoreDecision, RestoreResult, RestoreWish
 from ray_ckpt.restore import StoredCheckpoint
 from ray_ckpt.storage import Store
 from ray_ckpt.target import read_state
-from ray_ckpt.types import Checkpoint
+from ray_ckpt.types import Checkpoint, Claim
 from tests.restore.make import commit, flip
 
 NEWEST = RestoreWish("newest")
@@ -108,6 +108,13 @@ def test_nothing_is_read_where_there_is_nothing_or_nothing_is_wished(store: Stor
     assert run(store, [None])[0] == ["wish", "choice", "restored"]
     saved(store, 1)
     assert run(store, [None], RestoreWish("none"))[0] == ["wish", "choice", "restored"]
+
+
+def test_nothing_is_read_while_a_newer_save_may_be_finishing(store: Store) -> None:
+    older, newest = saved(store, 1, 2)
+    put_claim(store, Claim("e1-9", 1, 1, 3, "model.ckpt-3", 2))
+    assert run(store, [newest])[0] == ["wish", "choice", "read 2", "build 2", "restored"]
+    assert run(store, [older], RestoreWish("step", 1))[0] == ["wish", "read 1", "choice", "build 1", "restored"]
 
 
 def test_damage_is_reported_only_of_what_is_chosen(store: Store) -> None:

@@ -81,6 +81,7 @@ CHANGES = {
     "marked leaf": changed("rng", PerWorker(np.zeros(5))),
     "marked leaf to container": changed("rng", PerWorker({"k": np.zeros(4)})),
     "marked container to leaf": changed("marked", PerWorker(np.zeros(4))),
+    "other container in a marker": changed("marked", PerWorker([np.zeros(4)])),
     "inside a marker": changed("marked", PerWorker({"j": np.zeros(4)})),
     "offset": changed("slice", Slice(np.zeros((2, 2)), (4, 2), (2, 0))),
     "global shape": changed("slice", Slice(np.zeros((2, 2)), (6, 2), (0, 0))),
@@ -130,6 +131,8 @@ def test_keys_that_are_equal_but_of_other_types_are_told_apart() -> None:
     layouts = Layouts(0, 1)
     layouts.of({1: np.zeros(1)})
     assert [leaf.name for leaf in layouts.of({True: np.zeros(1)})[0].leaves] == ["True"]
+    layouts.of({0.0: np.zeros(1)})
+    assert [leaf.name for leaf in layouts.of({-0.0: np.zeros(1)})[0].leaves] == ["-0.0"]
 
 
 def test_what_cannot_be_saved_any_more_is_an_error() -> None:
