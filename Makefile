@@ -52,7 +52,7 @@ format: $(STAMP) ## format and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(BENCH_STAMP) ## measure against the alternatives, about 40 minutes
+bench: $(BENCH_STAMP) ## measure against the alternatives, about two hours
 	$(BENCH_BIN)/python -m benchmarks.run
 
 bench-quick: $(BENCH_STAMP) ## is it as fast as it was? under 3 minutes
