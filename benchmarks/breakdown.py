@@ -22,6 +22,7 @@ from benchmarks import machine
 from benchmarks.bounds import Bounds, sync_file_system
 from benchmarks.cases import CASES, Case
 from benchmarks.meters import remove
+from benchmarks.report import publish
 from benchmarks.rows import ROOT
 from benchmarks.saving import LazyArrays
 from benchmarks.subjects.ours import Ours
@@ -52,9 +53,7 @@ def breakdown(
             text += f"\n## {CASES[name].title}, {place}\n\n{_table(_measure(CASES[name], folder, saves))}"
     meta = machine.describe(places, "benchmarks.breakdown")
     text += "\n".join(["\n## Made by\n", *(f"- {key}: {value}" for key, value in meta.items()), ""])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text)
-    typer.echo(text)
+    publish(text, out)
 
 
 def _measure(case: Case, folder: str, saves: int) -> list[Save]:

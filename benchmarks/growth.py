@@ -17,6 +17,7 @@ import typer
 from benchmarks import machine
 from benchmarks.cases import CASES
 from benchmarks.meters import MemorySampler, memory_nbytes, remove
+from benchmarks.report import publish
 from benchmarks.rows import ROOT
 from benchmarks.saving import LazyArrays
 from benchmarks.subjects.ours import Ours
@@ -47,9 +48,7 @@ def growth(
             Ours.tear_down()
     meta = machine.describe({"disk": str(disk)}, "benchmarks.growth")
     text += "\n".join(["", *(f"- {name}: {value}" for name, value in meta.items()), ""])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text)
-    typer.echo(text)
+    publish(text, out)
 
 
 def _measure(subject: Ours, notes: str, saves: int) -> str:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import ray
 
+from benchmarks.report import publish
 from ray_ckpt import Checkpointer
 from ray_ckpt.agent.find import agent_name
 from ray_ckpt.coordinator import NAMESPACE, find
@@ -112,11 +113,7 @@ def main() -> None:
     ]
     lines += ["| what | measured |", "|---|---:|", *(f"| {what} | {number:.2f} |" for what, number in rows)]
     text = "\n".join(lines) + "\n"
-    sys.stdout.write(text)
-    out = args.out or (None if args.quick else RESULT)
-    if out is not None:
-        out.parent.mkdir(exist_ok=True)
-        out.write_text(text)
+    publish(text, args.out or (None if args.quick else RESULT))
 
 
 if __name__ == "__main__":

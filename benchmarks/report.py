@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from benchmarks import rules
@@ -58,6 +59,14 @@ def render(meta: Mapping[str, str], rows: Sequence[Row]) -> str:
                 parts += [f"## {CASES[case].title}, {PLACES[place]}", "", _bounds(chosen), "", table(chosen), ""]
     parts += ["## Made by", "", *(f"- {name}: {value}" for name, value in meta.items()), ""]
     return "\n".join(parts)
+
+
+def publish(text: str, out: Path | None) -> None:
+    """Print a page, and write it where there is a file for it."""
+    print(text, end="")
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text)
 
 
 PLACES = {"disk": "on disk", "shm": "on /dev/shm"}

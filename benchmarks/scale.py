@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.ray_call import measure as measure_call
+from benchmarks.report import publish
 from benchmarks.scale_coordinator import Frames
 from benchmarks.scale_hosts import SAVE_STEPS, SimulatedHost, Wire, layouts
 from ray_ckpt.protocol.messages import JobConfig
@@ -258,11 +259,7 @@ def main() -> None:
         rows.append(_fresh(hosts, entries, 3.0 if args.quick else args.idle))
         sys.stderr.write(f"{rows[-1]}\n")
     text = table(rows, measure_call(), " ".join(["python -m benchmarks.scale", *sys.argv[1:]]))
-    sys.stdout.write(text)
-    out = args.out or (None if args.quick else RESULT)
-    if out is not None:
-        out.parent.mkdir(exist_ok=True)
-        out.write_text(text)
+    publish(text, args.out or (None if args.quick else RESULT))
 
 
 if __name__ == "__main__":
