@@ -9,6 +9,7 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Before any import below: these are read once, when the libraries load, and child processes inherit them.
 os.environ.update(
@@ -77,3 +78,13 @@ def short_tmp() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="rc", dir="/tmp"))
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(short_tmp: Path) -> Iterator[Any]:
+    """Four raylets; this process is connected to them. Tests that use them share the xdist group "ray"."""
+    # Here, since most tests need no Ray.
+    from tests.cluster import running
+
+    with running(short_tmp) as cluster:
+        yield cluster
