@@ -33,8 +33,10 @@ _IDLE_PAUSE = 20.0
 """The same where nothing has changed but the time."""
 _ABANDONED_S = 600.0
 """Agents call every few seconds: when none has for so long, nobody will, whatever is left to do."""
-_GC_THRESHOLDS = (100_000, 50, 100)
-"""Millions of records that stay, nearly none in cycles: at Python's own pace collections take half of the time."""
+_GC_THRESHOLDS = (10_000, 10, 100)
+"""Millions of records that stay, nearly none in cycles: at Python's own pace collections take half of the time. Much
+more seldom than this, what a save leaves in cycles (threads, errors) piles up to tens of MiB.
+"""
 _IO_THREADS = 8
 _IO_TIMEOUT_S = 300.0
 
