@@ -1,0 +1,1 @@
+"""TensorFlow: sessions and their hooks, `tf.train.Checkpoint`, Keras."""
