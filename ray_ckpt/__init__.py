@@ -12,10 +12,13 @@ if TYPE_CHECKING:
     from ray_ckpt.catalog import CheckpointInfo, Report, checkpoints, load, verify
     from ray_ckpt.checkpointer import Checkpointer, Timeouts
     from ray_ckpt.coordinator import request_save, status
+    from ray_ckpt.frontends.tensorflow.hooks import AsyncCheckpointSaverHook, CheckpointSaverHook
     from ray_ckpt.leaves import PerWorker, Slice
 
 _HOMES = {
+    "AsyncCheckpointSaverHook": "frontends",
     "CheckpointInfo": "catalog",
+    "CheckpointSaverHook": "frontends",
     "Report": "catalog",
     "checkpoints": "catalog",
     "load": "catalog",
@@ -29,7 +32,9 @@ _HOMES = {
 }
 
 __all__ = [
+    "AsyncCheckpointSaverHook",
     "CheckpointInfo",
+    "CheckpointSaverHook",
     "Checkpointer",
     "PerWorker",
     "Report",

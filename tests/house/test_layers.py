@@ -45,6 +45,8 @@ IMPURE = {
 }
 FRAMEWORKS = {"tensorflow", "tf_keras", "keras", "jax", "jaxlib", "torch"}
 FRAMEWORK_UNITS = {"leaves", "frontends"}
+FRAMEWORK_HOMES = ("ray_ckpt.frontends.tensorflow", "ray_ckpt.frontends.keras")
+"""Their modules derive from a framework's classes, so they import it at once; others import them on first use only."""
 
 Import = tuple[str, int, bool]
 """Dotted name of what is imported, line, whether it happens inside a function or for types only."""
@@ -108,7 +110,10 @@ def violations(source: str, module: str) -> list[str]:
         where = f"{module}:{line} imports {name}"
         if top == "ray_ckpt" and RANK[unit_of(name)] > RANK[unit]:
             found.append(f"{where}: {unit} is below {unit_of(name)}")
-        if top in FRAMEWORKS and not (unit in FRAMEWORK_UNITS and deferred):
+        at_home = f"{module}.".startswith(tuple(f"{home}." for home in FRAMEWORK_HOMES))
+        if f"{name}.".startswith(tuple(f"{home}." for home in FRAMEWORK_HOMES)) and not (at_home or deferred):
+            found.append(f"{where}: it imports a framework, so import it in a function")
+        if top in FRAMEWORKS and not (at_home or (unit in FRAMEWORK_UNITS and deferred)):
             found.append(f"{where}: only functions of leaves/ and frontends/ import frameworks")
         if top in IMPURE and unit in PURE:
             found.append(f"{where}: {unit} is pure (no I/O, clock, randomness, threads or Ray)")
@@ -143,6 +148,9 @@ def test_every_module_keeps_the_layers() -> None:
         ("ray_ckpt.leaves.jax", "try:\n    from jax import numpy\nexcept ImportError: pass"),
         ("ray_ckpt.leaves.jax", "class A:\n    import torch"),
         ("ray_ckpt.writer", "def f():\n    import tensorflow as tf"),
+        ("ray_ckpt.frontends.lazy", "import tensorflow"),
+        ("ray_ckpt.frontends.lazy", "from .tensorflow import hooks"),
+        ("ray_ckpt.__init__", "from ray_ckpt.frontends.tensorflow.hooks import x"),
         ("ray_ckpt.writer", "def f():\n    __import__('torch')"),
         *((f"ray_ckpt.{unit}", "import time") for unit in sorted(PURE)),
         ("ray_ckpt.protocol.machine", "def f():\n    from os import path"),
@@ -165,6 +173,8 @@ def test_a_planted_violation_is_found(module: str, source: str) -> None:
         ("ray_ckpt.tree", "from .leaves import x"),
         ("ray_ckpt.leaves.jax", "from ..tree import x\ndef f():\n    import jax"),
         ("ray_ckpt.frontends.keras", "if TYPE_CHECKING:\n    import keras"),
+        ("ray_ckpt.frontends.tensorflow.hooks", "import tensorflow as tf\nfrom .saver_graph import x"),
+        ("ray_ckpt.__init__", "def f():\n    from .frontends.tensorflow.hooks import x"),
         ("ray_ckpt.agent", "import os, ray, time"),
         ("ray_ckpt.testing.sim", "from ray_ckpt import Checkpointer\nfrom ray_ckpt.cli import main"),
         ("ray_ckpt.__init__", "from .checkpointer import Checkpointer"),
