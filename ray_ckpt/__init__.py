@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ray_ckpt.checkpointer import Checkpointer, Timeouts
     from ray_ckpt.coordinator import request_save, status
     from ray_ckpt.frontends.tensorflow.hooks import AsyncCheckpointSaverHook, CheckpointSaverHook
+    from ray_ckpt.frontends.tensorflow.restore import restore_session
     from ray_ckpt.leaves import PerWorker, Slice
 
 _HOMES = {
@@ -25,9 +26,12 @@ _HOMES = {
     "verify": "catalog",
     "Checkpointer": "checkpointer",
     "request_save": "coordinator",
+    "restore_session": "frontends.tensorflow.restore",
     "status": "coordinator",
     "PerWorker": "leaves",
     "Slice": "leaves",
+    "Slices": "leaves",
+    "Variants": "leaves",
     "Timeouts": "checkpointer",
 }
 
@@ -39,10 +43,13 @@ __all__ = [
     "PerWorker",
     "Report",
     "Slice",
+    "Slices",
     "Timeouts",
+    "Variants",
     "checkpoints",
     "load",
     "request_save",
+    "restore_session",
     "status",
     "verify",
 ]
