@@ -24,6 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("snapshot",),
     ("restore",),
     ("target",),
+    ("trackable",),
     ("writer",),
     ("catalog",),
     ("timeline",),
@@ -44,7 +45,7 @@ IMPURE = {
     *("subprocess", "multiprocessing", "concurrent", "secrets", "uuid", "tempfile", "shutil", "fsspec"),
 }
 FRAMEWORKS = {"tensorflow", "tf_keras", "keras", "jax", "jaxlib", "torch"}
-FRAMEWORK_UNITS = {"leaves", "frontends"}
+FRAMEWORK_UNITS = {"leaves", "trackable", "frontends"}
 FRAMEWORK_HOMES = ("ray_ckpt.frontends.tensorflow", "ray_ckpt.frontends.keras")
 """Their modules derive from a framework's classes, so they import it at once; others import them on first use only."""
 
@@ -114,7 +115,7 @@ def violations(source: str, module: str) -> list[str]:
         if f"{name}.".startswith(tuple(f"{home}." for home in FRAMEWORK_HOMES)) and not (at_home or deferred):
             found.append(f"{where}: it imports a framework, so import it in a function")
         if top in FRAMEWORKS and not (at_home or (unit in FRAMEWORK_UNITS and deferred)):
-            found.append(f"{where}: only functions of leaves/ and frontends/ import frameworks")
+            found.append(f"{where}: only functions of leaves/, trackable and frontends/ import frameworks")
         if top in IMPURE and unit in PURE:
             found.append(f"{where}: {unit} is pure (no I/O, clock, randomness, threads or Ray)")
     return found
