@@ -210,7 +210,8 @@ class Checkpoint:
 
     ``prefix`` is relative to the directory. ``superseded``: a later start restored an older step on
     purpose, so this one is never the default and is deleted first. ``foreign``: plain TensorFlow
-    wrote it; it can be restored, retention never touches it.
+    wrote it; it can be restored, retention never touches it. ``preserved``: retention has kept it for good, by
+    ``keep_every_hours``; the `checkpoint` file names it no more.
     """
 
     step: int
@@ -223,6 +224,7 @@ class Checkpoint:
     world_size: int
     superseded: bool = False
     foreign: bool = False
+    preserved: bool = False
 
 
 @dataclass(frozen=True, slots=True)

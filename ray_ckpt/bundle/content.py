@@ -1,18 +1,17 @@
-"""The checksum that an entry must have for its stored bytes, whatever the element type.
-
-Source: ``WriteStringTensor`` and ``WriteVariantTensor`` in
-``tensorflow/core/util/tensor_bundle/tensor_bundle.cc``.
-"""
+"""The stored bytes of a tensor and the checksum that their entry must have, whatever the element type."""
 
 from __future__ import annotations
 
-from ray_ckpt.bundle.coding import read_varint
-from ray_ckpt.bundle.crc import crc32c, mask
-from ray_ckpt.bundle.dtypes import STRING
-from ray_ckpt.bundle.strings import strings_crc
-from ray_ckpt.errors import DamagedError
+from collections.abc import Sequence
+from typing import Any
 
-_CRC_NBYTES = 4
+import numpy as np
+
+from ray_ckpt.bundle.crc import crc32c
+from ray_ckpt.bundle.dtypes import STRING, VARIANT
+from ray_ckpt.bundle.strings import decode_strings, encode_strings, strings_crc
+from ray_ckpt.bundle.variants import decode_variants, encode_variants, variants_crc
+from ray_ckpt.types import Shape
 
 
 def content_crc(dtype: str, count: int, raw: bytes) -> int:
@@ -23,24 +22,24 @@ def content_crc(dtype: str, count: int, raw: bytes) -> int:
     """
     if dtype == STRING:
         return strings_crc(raw, count)
-    if dtype == "variant":
-        return _variants_crc(raw, count)
+    if dtype == VARIANT:
+        return variants_crc(raw, count)
     return crc32c(raw)
 
 
-def _variants_crc(raw: bytes, count: int) -> int:
-    """Per element a varint length, a proto, and the masked running crc; lengths count as uint64."""
-    view = memoryview(raw)
-    crc = pos = 0
-    for i in range(count):
-        length, pos = read_varint(raw, pos)
-        stop = pos + length
-        crc = crc32c(view[pos:stop], crc32c(length.to_bytes(8, "little"), crc))
-        stored = raw[stop : stop + _CRC_NBYTES]
-        if stored != mask(crc).to_bytes(_CRC_NBYTES, "little"):
-            raise DamagedError(f"element {i} of a variant tensor fails its checksum")
-        crc = crc32c(stored, crc)
-        pos = stop + _CRC_NBYTES
-    if pos != len(raw):
-        raise DamagedError(f"{count} variants need {pos} bytes, there are {len(raw)}")
-    return crc
+def encode_objects(dtype: str, values: np.ndarray[Any, Any] | Sequence[bytes | str], shape: Shape) -> tuple[bytes, int]:
+    """The bytes of a tensor whose elements have no fixed size, and its entry's crc32c, not masked.
+
+    Raises:
+        StateError: the elements are not of the dtype, or do not fill the shape.
+    """
+    return encode_variants(values, shape) if dtype == VARIANT else encode_strings(values, shape)  # type: ignore[arg-type]
+
+
+def decode_objects(dtype: str, raw: bytes, count: int) -> list[bytes]:
+    """The ``count`` elements, without a fixed size, of such a tensor, in C order.
+
+    Raises:
+        DamagedError: they fail their checksums, or do not fit the bytes.
+    """
+    return decode_variants(raw, count) if dtype == VARIANT else decode_strings(raw, count)

@@ -33,6 +33,7 @@ _NUMPY: dict[str, tuple[int, Any]] = {
     "uint16": (17, np.uint16),
     "complex128": (18, np.complex128),
     "float16": (19, np.float16),
+    "variant": (21, np.object_),
     "uint32": (22, np.uint32),
     "uint64": (23, np.uint64),
     "float8_e5m2": (24, ml_dtypes.float8_e5m2),
@@ -49,19 +50,20 @@ _NUMPY: dict[str, tuple[int, Any]] = {
 
 _DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(scalar) for name, (_, scalar) in _NUMPY.items()}
 _NUMBERS = {name: number for name, (number, _) in _NUMPY.items()}
-_NAMES = {number: name for name, number in _NUMBERS.items()} | {20: "resource", 21: "variant"}
+_NAMES = {number: name for name, number in _NUMBERS.items()} | {20: "resource"}
 
 STRING = "string"
-"""Name of the only type whose elements have no fixed size."""
+VARIANT = "variant"
+"""Names of the types whose elements have no fixed size: bytes, and serialized VariantTensorDataProto."""
 
 QUANTIZED = frozenset({"qint8", "quint8", "qint16", "quint16", "qint32"})
 """TensorFlow's quantized integers: read as the plain integers of their size, never written."""
 
-DTYPE_NAMES = frozenset(_NUMPY) - QUANTIZED
-"""The names a state may use."""
+DTYPE_NAMES = frozenset(_NUMPY) - QUANTIZED - {VARIANT}
+"""The names that arrays of a state may use; `leaves.Variants` is of `VARIANT`."""
 
 UNPARTITIONABLE = frozenset(
-    {"float16", "uint16", "uint32", "uint64", "int2", "uint2", "float4_e2m1fn", STRING}
+    {"float16", "uint16", "uint32", "uint64", "int2", "uint2", "float4_e2m1fn", STRING, VARIANT}
     | {name for name in _NUMPY if name.startswith("float8")}
 )
 """Names of the types that TensorFlow cannot read as a whole from a tensor stored in slices.
@@ -72,10 +74,10 @@ a type of the same or a larger size that TensorFlow does read (bfloat16, float32
 
 
 def dtype_of(name: str) -> np.dtype[Any]:
-    """The numpy dtype of a type's name; object for "string".
+    """The numpy dtype of a type's name; object for "string" and "variant", both bytes.
 
     Raises:
-        StateError: numpy has no such type (also for TensorFlow's "variant" and "resource").
+        StateError: numpy has no such type (also for TensorFlow's "resource").
     """
     try:
         return _DTYPES[name]
@@ -120,6 +122,6 @@ def dtype_of_number(number: int) -> str | None:
 
 def nbytes_of(name: str, count: int) -> int | None:
     """Size in bytes of ``count`` elements; None where the values decide (string, variant, resource)."""
-    if name == STRING or name not in _DTYPES:
+    if name not in _DTYPES or _DTYPES[name].hasobject:
         return None
     return _DTYPES[name].itemsize * count

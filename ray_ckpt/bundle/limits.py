@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 
 from ray_ckpt.bundle.cover import first_fault, holders, out_of_bounds
-from ray_ckpt.bundle.dtypes import DTYPE_NAMES, UNPARTITIONABLE
+from ray_ckpt.bundle.dtypes import DTYPE_NAMES, UNPARTITIONABLE, VARIANT
 from ray_ckpt.errors import StateError
 from ray_ckpt.types import Box, Shape
 
@@ -31,7 +31,7 @@ def check_tensor(name: str, dtype: str, shape: Shape, boxes: Sequence[Box]) -> N
         StateError: the name, type, shape or slices are beyond TensorFlow's limits.
     """
     check_name(name)
-    if dtype not in DTYPE_NAMES:
+    if dtype not in DTYPE_NAMES and dtype != VARIANT:
         raise StateError(
             f"{name}: TensorFlow checkpoints hold no dtype {dtype!r}; cast to one of {', '.join(sorted(DTYPE_NAMES))}"
         )

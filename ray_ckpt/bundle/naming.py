@@ -1,4 +1,4 @@
-"""File names of a checkpoint: ``PREFIX.index`` and ``PREFIX.data-00003-of-00013``."""
+"""File names of a checkpoint: ``PREFIX.index``, ``PREFIX.data-00003-of-00013`` and, of a session, ``PREFIX.meta``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ _INDEX_SUFFIX = ".index"
 def index_name(prefix: str) -> str:
     """Path of the index; TensorFlow takes a checkpoint for present exactly when this file is there."""
     return prefix + _INDEX_SUFFIX
+
+
+def graph_name(prefix: str) -> str:
+    """Path of the MetaGraphDef that `tf.train.Saver` puts beside a checkpoint."""
+    return prefix + ".meta"
 
 
 def shard_name(prefix: str, shard_id: int, num_shards: int) -> str:

@@ -27,7 +27,16 @@ from ray_ckpt.checkpointer.settings import (
 )
 from ray_ckpt.coordinator import find, run_id
 from ray_ckpt.errors import NoCheckpointError, RayCkptError, SaveError, UsageError
-from ray_ckpt.protocol.messages import JobConfig, Overlap, Proposal, RestoreWish, RunStatus, SaveOutcome, Trigger
+from ray_ckpt.protocol.messages import (
+    BASENAME,
+    JobConfig,
+    Overlap,
+    Proposal,
+    RestoreWish,
+    RunStatus,
+    SaveOutcome,
+    Trigger,
+)
 from ray_ckpt.protocol.worker import Due
 from ray_ckpt.storage import open_store
 from ray_ckpt.target import Rename, is_abstract, is_function, read_state
@@ -55,7 +64,12 @@ class Checkpointer:
         url: the run's directory, any URL that `ray_ckpt.storage` knows. It is the run's identity.
         save_steps, save_secs: the cadence, one of them or neither (then `save` and `request_save` only).
         rank, world_size: by default Ray Train's, else those of a multi-process JAX, else 0 and 1.
-        max_to_keep, keep_every_steps, keep_every_hours: retention; None keeps all.
+        max_to_keep, keep_every_steps, keep_every_hours: retention; None keeps all. What ``keep_every_hours`` keeps is
+            so many hours younger than the last one that it kept, or than ``keep_hours_from`` (seconds since the
+            epoch; by default the first one is kept); it is no longer named in the `checkpoint` file.
+        keep_before: retention leaves checkpoints of generations before this number alone, and does not count them; 0:
+            all that earlier starts made.
+        basename: checkpoints are ``<basename>-<step>``.
         overlap: what a due save does while all snapshot memory is still being written: "wait" for it in `step()`,
             "skip" the save or "coalesce" it into the next possible one, both decided for all workers at once.
         on_error: "warn" (default) goes on after a failed background save, up to ``max_failures`` in a row, then
@@ -85,6 +99,9 @@ class Checkpointer:
         max_to_keep: int | None = 5,
         keep_every_steps: int | None = None,
         keep_every_hours: float | None = None,
+        keep_before: int | None = None,
+        keep_hours_from: float | None = None,
+        basename: str = BASENAME,
         overlap: Overlap = "wait",
         on_error: Literal["warn", "raise"] = "warn",
         max_failures: int = 3,
@@ -112,6 +129,9 @@ class Checkpointer:
                 max_to_keep=max_to_keep,
                 keep_every_steps=keep_every_steps,
                 keep_every_hours=keep_every_hours,
+                keep_before=keep_before,
+                keep_hours_from=keep_hours_from,
+                basename=basename,
                 save_timeout_s=timeouts.save_s,
                 settle_timeout_s=timeouts.settle_s,
                 host_timeout_s=timeouts.host_s,
@@ -124,13 +144,8 @@ class Checkpointer:
         check_place(self.url)
         if self.rank == 0:
             self._store.check()
-        home = Home(
-            url=self.url,
-            storage_options=dict(storage_options or {}),
-            single_coordinator=single_coordinator,
-            max_writes=writers_per_host,
-            memory_folder=None if memory_dir is None else os.fspath(memory_dir),
-        )
+        memory_folder = None if memory_dir is None else os.fspath(memory_dir)
+        home = Home(self.url, dict(storage_options or {}), single_coordinator, writers_per_host, memory_folder)
         ensure_ray()
         self._open(Link(home, self.rank, config), config, timeouts)
 
@@ -195,6 +210,32 @@ class Checkpointer:
         self._ready = True
         return state
 
+    def adopt(self, step: int | None) -> None:
+        """Instead of `restore`: the state comes from the checkpoint of ``step``, read by other means; None: from none.
+
+        Waits for all workers, which name the same step. What was committed after it is superseded. None needs
+        ``fresh`` where there are checkpoints.
+
+        Raises:
+            UsageError: called twice, after `restore` or after the first step.
+            NoCheckpointError: this step is not among the checkpoints.
+            UnavailableError: not all workers came; names who is late.
+        """
+        self._check_open()
+        if self._link.logic.has_wish:
+            raise UsageError("adopt() follows restore(), adopt() or step(): call it once, before the first step")
+        restoring.adopt(self._link, self._store, None if step is None else whole_step(step), self._start_timeout_s)
+        # The structure of the state is known with the first save: until then nothing need be fetched.
+        self._ready = True
+
+    @property
+    def generation(self) -> int:
+        """The number of this start of the job in the directory, from 1. Raises `UsageError` before it has begun."""
+        found = self._link.logic.generation
+        if found is None:
+            raise UsageError("the generation is known after restore(), adopt() or the first step")
+        return found
+
     @property
     def restored_step(self) -> int | None:
         """The step that `restore` found; None on a fresh start."""
@@ -225,6 +266,29 @@ class Checkpointer:
         if due is None:
             return
         self._act(due, state)
+
+    def reached(self, bound: int) -> bool:
+        """The loop is at most at step ``bound`` now: for loops that do not know their step after each one.
+
+        True: a save or a stop has been agreed on, so call `step` with the real step after each run until this is
+        false. Nothing is agreed on at or before the bound any more. Costs about a microsecond.
+
+        Raises:
+            FencedError: a newer start of the job has taken over.
+        """
+        link = self._link
+        if link.trouble is not None:
+            raise link.trouble
+        with link.lock:
+            return link.logic.reached(bound)
+
+    def outcome(self, step: int) -> SaveOutcome | None:
+        """How the save of this step by this start ended; None while it is under way, or if there was none.
+
+        ``state`` is "committed", with ``prefix``, or "failed", with ``error``. The last 64 are known.
+        """
+        with self._link.condition:
+            return self._link.logic.outcomes.get(step)
 
     def save(self, step: int, state: Any, *, force: bool = False) -> None:
         """Save this step now, in the background; call it on every worker with the same step.
@@ -353,6 +417,8 @@ class Checkpointer:
     def close(self) -> None:
         """Save the last step if it is not saved yet, wait for all saves, and leave. May be called again.
 
+        Where `reached` has gone beyond the last step, its state is not known any more and nothing is added.
+
         Raises:
             SaveError: the last step was not saved.
             FencedError: a newer start of the job has taken over, so the last step was not saved.
@@ -360,7 +426,7 @@ class Checkpointer:
         if self._closed:
             return
         try:
-            if self._last is not None and self._ready:
+            if self._last is not None and self._ready and self._last[0] >= self._link.logic.bound:
                 if self._link.trouble is not None:
                     raise self._link.trouble
                 self._save_asked(*self._last, "final")

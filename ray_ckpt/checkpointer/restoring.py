@@ -26,8 +26,12 @@ Read = Callable[[StoredCheckpoint], Build]
 """Reads and verifies all that a state needs; what it gives builds the state."""
 
 
-def restore(link: Link, store: Store, wish: RestoreWish, read: Read, timeout_s: float) -> tuple[Checkpoint | None, Any]:
+def restore(
+    link: Link, store: Store, wish: RestoreWish, read: Read | None, timeout_s: float
+) -> tuple[Checkpoint | None, Any]:
     """The checkpoint that all ranks took (None: there is none) and the state that ``read`` made of it.
+
+    ``read`` None: nothing is read here.
 
     A damaged checkpoint is reported; then all ranks, also those that had read it already, take the next older one.
 
@@ -60,14 +64,28 @@ def restore(link: Link, store: Store, wish: RestoreWish, read: Read, timeout_s: 
             return decision.checkpoint, value
 
 
+def adopt(link: Link, store: Store, step: int | None, timeout_s: float) -> Checkpoint | None:
+    """All ranks start from the checkpoint of ``step``, which each has read by other means; None: from none.
+
+    Raises:
+        NoCheckpointError: there is no such step.
+        UnavailableError, UsageError: as `restore`.
+    """
+    wish = RestoreWish("none") if step is None else RestoreWish("step", step)
+    found, _ = restore(link, store, wish, None, timeout_s)
+    return found
+
+
 def _id(checkpoint: Checkpoint) -> tuple[str, str, int]:
     """What no two checkpoints of a directory share; marks in the log may change meanwhile."""
     return checkpoint.prefix, checkpoint.attempt, checkpoint.step
 
 
-def _read_ahead(link: Link, store: Store, wish: RestoreWish, read: Read) -> tuple[tuple[str, str, int], Build] | None:
+def _read_ahead(
+    link: Link, store: Store, wish: RestoreWish, read: Read | None
+) -> tuple[tuple[str, str, int], Build] | None:
     """What is read of the checkpoint that this wish will most probably get; None where that cannot be told or read."""
-    if wish.kind == "none":
+    if wish.kind == "none" or read is None:
         return None
     try:
         live = log.live_checkpoints(store)
@@ -110,12 +128,12 @@ def _next_decision(link: Link, key: tuple[int, int], timeout_s: float) -> Restor
     return found
 
 
-def _read(link: Link, store: Store, decision: RestoreDecision, read: Read) -> tuple[Any, str | None]:
+def _read(link: Link, store: Store, decision: RestoreDecision, read: Read | None) -> tuple[Any, str | None]:
     """(value, None) or (None, what is damaged)."""
     chosen = decision.checkpoint
     if decision.note:
         logger.warning("%s: %s", link.url, decision.note)
-    if chosen is None:
+    if chosen is None or read is None:
         return None, None
     try:
         with log.pin(store, chosen.prefix, by=f"rank {link.rank} of generation {decision.generation}"):

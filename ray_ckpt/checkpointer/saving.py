@@ -63,8 +63,9 @@ class Saver:
     def _save(self, step: int, state: Any, trigger: Trigger, due: float) -> None:
         layout, values = self._layouts.of(state)
         if layout.fingerprint != self._fingerprint:
-            # First the plan for what all ranks had registered: one for a mixture of old and new would fit nobody.
-            self._plan(step)
+            if self._fingerprint is not None:
+                # First the plan for what all ranks had registered: one for a mixture of old and new would fit nobody.
+                self._plan(step)
             self._set_layout(layout, step)
         plan = self._plan(step)
         if plan is None:

@@ -4,19 +4,19 @@ One module a framework, each a `base.Kind`. None imports its framework: a value 
 process has imported it already.
 
 The kind of a leaf, as stored: "numpy", "numpy:scalar", "numpy:str", "numpy:bytes", "jax", "jax:global" (spans
-processes), "jax:key:<implementation>", "tf", "tf:variable", "torch", or a Python type's name; before it
+processes), "jax:key:<implementation>", "tf", "tf:variable", "torch", "variant", or a Python type's name; before it
 "per_worker:" or "slice:" for a leaf that was marked so, "per_worker:first:" or "per_worker:init:" with that
 ``on_resize``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
 from ray_ckpt.errors import StateError
-from ray_ckpt.leaves import jax_leaf, numpy_leaf, python_leaf, tf_leaf, torch_leaf
+from ray_ckpt.leaves import jax_leaf, numpy_leaf, python_leaf, tf_leaf, torch_leaf, variant_leaf
 from ray_ckpt.leaves.base import (
     PER_WORKER_PREFIX,
     SLICE_PREFIX,
@@ -26,6 +26,8 @@ from ray_ckpt.leaves.base import (
     Parts,
     PerWorker,
     Slice,
+    Slices,
+    Variants,
     Wanted,
     assemble,
     per_worker_kind,
@@ -40,6 +42,8 @@ __all__ = [
     "Parts",
     "PerWorker",
     "Slice",
+    "Slices",
+    "Variants",
     "Wanted",
     "build",
     "describe",
@@ -52,7 +56,7 @@ __all__ = [
 ]
 
 # numpy's scalars are also Python floats, so numpy goes first.
-_KINDS = cast(tuple[Kind, ...], (numpy_leaf, python_leaf, jax_leaf, tf_leaf, torch_leaf))
+_KINDS = cast(tuple[Kind, ...], (numpy_leaf, python_leaf, jax_leaf, tf_leaf, torch_leaf, variant_leaf))
 _KIND_OF_TYPE: dict[type, Kind] = {}
 
 
@@ -78,6 +82,9 @@ def token(value: Any) -> Any:
     """Something quick to compare: values with equal tokens are described alike. None: only `describe` tells."""
     if isinstance(value, PerWorker):
         return None
+    if isinstance(value, Slices):
+        tokens = tuple(map(token, value.parts))
+        return None if None in tokens else tokens
     if isinstance(value, Slice):
         inner = token(value.array)
         return None if inner is None else (inner, tuple(value.global_shape), tuple(value.offset))
@@ -92,19 +99,19 @@ def per_worker_name(name: str, rank: int, world_size: int) -> str:
 def start_transfers(reads: Iterable[tuple[Any, Box]]) -> None:
     """Begin bringing these parts to the host, all of them before the first is waited for."""
     for value, box in reads:
-        bare, inside = _bare(value, box)
-        _kind_of("", bare).start_transfer(bare, inside)
+        for bare, inside, _ in _bare(value, box):
+            _kind_of("", bare).start_transfer(bare, inside)
 
 
 def parts(value: Any, box: Box) -> Parts:
     """Host arrays that together fill ``box`` of the global array, views of the value where possible."""
     if isinstance(value, PerWorker):
         return parts(value.value, box)
-    if not isinstance(value, Slice):
+    if not isinstance(value, Slice | Slices):
         return _kind_of("", value).parts(value, box)
-    bare, inside = _bare(value, box)
     return [
-        (Box(tuple(o + d for o, d in zip(part.offset, value.offset, strict=True)), part.shape), array)
+        (Box(tuple(o + d for o, d in zip(part.offset, offset, strict=True)), part.shape), array)
+        for bare, inside, offset in _bare(value, box)
         for part, array in _kind_of("", bare).parts(bare, inside)
     ]
 
@@ -125,6 +132,9 @@ def wanted(name: str, like: Any) -> Wanted:
     """
     if isinstance(like, PerWorker):
         return wanted(name, like.value)
+    if isinstance(like, Slices):
+        each = [wanted(name, part) for part in like.parts]
+        return Wanted(*_agreed(name, each), tuple(dict.fromkeys(box for want in each for box in want.boxes)))
     if isinstance(like, Slice):
         inner = _kind_of(name, like.array).wanted(name, like.array)
         box = _slice_box(name, like, inner.shape)
@@ -140,6 +150,8 @@ def build(kind: str, like: Any, pieces: Mapping[Box, Array]) -> Any:
     """
     if isinstance(like, PerWorker):
         return replace(like, value=build(split_per_worker(kind)[1], like.value, pieces))
+    if isinstance(like, Slices):
+        return Slices(tuple(build(kind, part, {box: pieces[box]}) for part, box in _placed(like)))
     if isinstance(like, Slice):
         array = sole(pieces)
         return replace(like, array=build(kind, like.array, dict.fromkeys(whole(array.shape), array)))
@@ -152,7 +164,10 @@ def build(kind: str, like: Any, pieces: Mapping[Box, Array]) -> Any:
     return _KIND_BY_NAME.get(bare.split(":")[0], cast(Kind, python_leaf)).build(bare, None, pieces)
 
 
-_KIND_BY_NAME = cast(Mapping[str, Kind], {"numpy": numpy_leaf, "jax": jax_leaf, "tf": tf_leaf, "torch": torch_leaf})
+_KIND_BY_NAME = cast(
+    Mapping[str, Kind],
+    {"numpy": numpy_leaf, "jax": jax_leaf, "tf": tf_leaf, "torch": torch_leaf, "variant": variant_leaf},
+)
 
 
 def _kind_of(name: str, value: Any) -> Kind:
@@ -171,6 +186,8 @@ def _kind_of(name: str, value: Any) -> Kind:
 
 
 def _describe(name: str, value: Any) -> Form:
+    if isinstance(value, Slices):
+        return _describe_slices(name, value)
     if not isinstance(value, Slice):
         if isinstance(value, PerWorker):
             raise StateError(f"{name}: PerWorker inside PerWorker; mark the leaf once")
@@ -180,6 +197,45 @@ def _describe(name: str, value: Any) -> Form:
         raise StateError(f"{name}: a Slice of what is itself a part; pass the array that this rank holds")
     box = _slice_box(name, value, inner.shape)
     return Form(inner.dtype, tuple(value.global_shape), (box,), SLICE_PREFIX + inner.kind)
+
+
+def _describe_slices(name: str, value: Slices) -> Form:
+    each = [_describe(name, part) for part in value.parts]
+    dtype, shape = _agreed(name, each)
+    boxes = sorted(box for form in each for box in form.boxes if box.size)
+    for one, other in _near(boxes):
+        if one.intersect(other) is not None:
+            raise StateError(f"{name}: parts of the Slices overlap, {one} and {other}; pass each element once")
+    return Form(dtype, shape, tuple(boxes) or each[0].boxes, each[0].kind)
+
+
+def _near(boxes: Sequence[Box]) -> Iterator[tuple[Box, Box]]:
+    """The pairs of sorted boxes that share indices of the first dimension."""
+    for i, one in enumerate(boxes):
+        for other in boxes[i + 1 :]:
+            if one.offset and other.offset[0] >= one.offset[0] + one.shape[0]:
+                break
+            yield one, other
+
+
+def _agreed(name: str, each: Sequence[Form | Wanted]) -> tuple[str, Shape]:
+    """The dtype and global shape that all parts have.
+
+    Raises:
+        StateError: they differ.
+    """
+    found = sorted({(part.dtype, part.shape) for part in each})
+    if len(found) > 1:
+        told = " and ".join(f"{dtype}{list(shape)}" for dtype, shape in found)
+        raise StateError(f"{name}: the parts of a Slices are of {told}; they must be of one array")
+    return found[0]
+
+
+def _placed(value: Slices) -> list[tuple[Slice, Box]]:
+    """Each part and the box that it fills."""
+    return [
+        (part, Box(tuple(part.offset), _kind_of("", part.array).wanted("", part.array).shape)) for part in value.parts
+    ]
 
 
 def _slice_box(name: str, value: Slice, shape: Shape) -> Box:
@@ -199,10 +255,14 @@ def _slice_box(name: str, value: Slice, shape: Shape) -> Box:
     return Box(offset, shape)
 
 
-def _bare(value: Any, box: Box) -> tuple[Any, Box]:
-    """The value without markers, and the box in its own coordinates."""
+def _bare(value: Any, box: Box) -> list[tuple[Any, Box, Shape]]:
+    """The values without markers that hold ``box``: the part of it in their own coordinates, and where these begin."""
     if isinstance(value, PerWorker):
         return _bare(value.value, box)
+    if isinstance(value, Slices):
+        shared = ((part, held.intersect(box)) for part, held in _placed(value))
+        return [found for part, common in shared if common is not None for found in _bare(part, common)]
     if isinstance(value, Slice):
-        return value.array, Box(tuple(o - d for o, d in zip(box.offset, value.offset, strict=True)), box.shape)
-    return value, box
+        inside = Box(tuple(o - d for o, d in zip(box.offset, value.offset, strict=True)), box.shape)
+        return [(value.array, inside, tuple(value.offset))]
+    return [(value, box, ())]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -49,6 +50,46 @@ class Slice:
             raise UsageError(
                 "Slice(array, global_shape, offset) needs one index >= 0 for each dimension, found"
                 f" global_shape={extents} and offset={offset}{held}"
+            )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Slices:
+    """A leaf that is several rectangles of one larger array, which this rank holds alone or with other ranks.
+
+    The parts are of one ``global_shape`` and dtype and do not overlap.
+
+    Raises `UsageError` where there is no part.
+    """
+
+    parts: tuple[Slice, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parts", tuple(self.parts))
+        if not self.parts or not all(isinstance(part, Slice) for part in self.parts):
+            raise UsageError(f"Slices(parts) needs at least one Slice and nothing else, found {self.parts!r:.200}")
+
+
+@dataclass(frozen=True, slots=True)
+class Variants:
+    """A leaf that is a TensorFlow variant tensor (a tf.data iterator's state), without TensorFlow.
+
+    ``values``: one serialized VariantTensorDataProto for each element of ``shape``, in C order.
+
+    Raises `UsageError` for values that are not bytes or do not fill the shape.
+    """
+
+    values: Sequence[bytes]
+    shape: Shape = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "values", tuple(self.values))
+        object.__setattr__(self, "shape", tuple(self.shape))
+        if len(self.values) != math.prod(self.shape) or not all(isinstance(value, bytes) for value in self.values):
+            kinds = ", ".join(sorted({type(value).__name__ for value in self.values}))
+            raise UsageError(
+                f"Variants(values, shape) needs one bytes for each element of shape {self.shape}, found"
+                f" {len(self.values)} values of type {kinds or 'none'}"
             )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ray_ckpt.bundle import DTYPE_NAMES, STRING, dtype_name, dtype_of
+from ray_ckpt.bundle import DTYPE_NAMES, dtype_name, dtype_of, nbytes_of
 from ray_ckpt.errors import StateError
 from ray_ckpt.leaves.base import Array, Form, Parts, Wanted, cut, sole, unsupported, whole
 from ray_ckpt.types import Box
@@ -19,7 +19,7 @@ from ray_ckpt.types import Box
 _SCALAR = "numpy:scalar"
 _STR = "numpy:str"
 _BYTES = "numpy:bytes"
-_STORED = {dtype_of(name): name for name in sorted(DTYPE_NAMES) if name != STRING}
+_STORED = {dtype_of(name): name for name in sorted(DTYPE_NAMES) if nbytes_of(name, 1) is not None}
 """Numbers of this machine's byte order: the commonest leaves, for speed only."""
 
 

@@ -202,7 +202,7 @@ class CoordinatorLogic:
             epoch=self.ledger.epoch,
             generation=generation.number if generation else None,
             world_size=generation.world_size if generation else 0,
-            steps=tuple(r.step for _, r in sorted(self.generations.reports().items())) if head else (),
+            steps=tuple(r.reached for _, r in sorted(self.generations.reports().items())) if head else (),
             saves=tuple(
                 SaveStatus(
                     *s.key,

@@ -140,7 +140,7 @@ class Cut:
         accepted = sum(any(p.id == proposal.id for p in r.accepted) for r in asked)
         late = [r for r in asked if proposal.id in r.refused]
         if late:
-            behind = max(r.step for r in late) - proposal.step
+            behind = max(r.reached for r in late) - proposal.step
             stride = max(r.stride for r in late)
             missed = max(behind, 0) // max(stride, 1) + 1
             self._margin = min(2 * max(self._margin, missed), _MARGIN_MAX)
@@ -208,7 +208,7 @@ class Cut:
             return
         if self._timer is None:
             self._timer = self._ledger.now
-        seen = max(r.step for r in reports.values())
+        seen = max(r.reached for r in reports.values())
         stride = max([config.stride, *(r.stride for r in reports.values())])
         earliest = seen + self._margin * stride
         if self.stop is not None:

@@ -8,7 +8,7 @@ may be drafted into a newer generation.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 from ray_ckpt.protocol.flows import Flow, Flows, ReadHead, Until
 from ray_ckpt.protocol.ledger import Ledger
@@ -411,6 +411,6 @@ def _wish_text(wish: RestoreWish) -> str:
 
 
 def _disagreement(rank: int, mine: JobConfig, theirs: JobConfig) -> str:
-    names = [n for n in JobConfig.__dataclass_fields__ if getattr(mine, n) != getattr(theirs, n)]
+    names = [f.name for f in fields(JobConfig) if f.compare and getattr(mine, f.name) != getattr(theirs, f.name)]
     texts = [f"{n}={getattr(mine, n)!r} against {getattr(theirs, n)!r}" for n in names]
     return f"rank {rank} was started with {', '.join(texts)} elsewhere: give all ranks the same settings"

@@ -16,6 +16,10 @@ DELETE_GRACE_S = 60.0
 """How long deleted data lies on where no job says otherwise."""
 
 
+BASENAME = "model.ckpt"
+"""How prefixes begin where no job says otherwise; what `tf.train` calls its checkpoints."""
+
+
 @dataclass(frozen=True, slots=True)
 class JobConfig:
     """The settings that every rank of a job must share.
@@ -24,7 +28,10 @@ class JobConfig:
     due and no snapshot memory is free. ``max_failures``: failed saves in a row before the job stops.
     ``start``: what tells this start of the job from others, rising from start to start where it is given: then a
     process of an older start that was never told to go is not taken for a rank of this one. ``*_timeout_s``:
-    deadlines; every wait in the protocol has one. ``delete_grace_s``: how long the data of a deleted checkpoint
+    deadlines; every wait in the protocol has one. ``basename``: prefixes are ``<basename>-<step>``. ``keep_before``:
+    retention leaves checkpoints of generations below this number alone; 0 stands for the present one.
+    ``keep_hours_from``: the time that ``keep_every_hours`` counts from until a checkpoint is kept so; each rank's own
+    clock may have given it. ``delete_grace_s``: how long the data of a deleted checkpoint
     outlives its index, for readers without a pin.
     """
 
@@ -39,6 +46,9 @@ class JobConfig:
     max_to_keep: int | None = 5
     keep_every_steps: int | None = None
     keep_every_hours: float | None = None
+    keep_before: int | None = None
+    keep_hours_from: float | None = field(default=None, compare=False)
+    basename: str = BASENAME
     save_timeout_s: float = 1800.0
     settle_timeout_s: float = 120.0
     host_timeout_s: float = 30.0
@@ -83,7 +93,8 @@ class Proposal:
 class WorkerReport:
     """The whole state of one training process, as far as others need it.
 
-    ``step`` is the last one that entered `step()` (-1: none yet). ``accepted`` are proposals this worker is
+    ``step`` is the last one that entered `step()` (-1: none yet); ``bound`` one that the loop may have come to without
+    saying so (-1: it says so always). ``accepted`` are proposals this worker is
     bound to, ``refused`` ids it came too late for. ``waiting_step``: `step()` is held at that
     step for a plan. ``skipped`` are saves this worker could not snapshot, with the reason. ``layout`` is
     None once the view has acknowledged ``fingerprint``. ``started``: this worker has been told that all ranks have
@@ -105,6 +116,7 @@ class WorkerReport:
     layout: Layout | None = None
     plan_id: str | None = None
     step: int = -1
+    bound: int = -1
     stride: int = 1
     waiting_step: int | None = None
     due_step: int | None = None
@@ -115,6 +127,11 @@ class WorkerReport:
     skipped: tuple[tuple[int, str], ...] = ()
     pending: tuple[int, ...] = ()
     finished: bool = False
+
+    @property
+    def reached(self) -> int:
+        """How far the loop may be: proposals up to this step come too late."""
+        return max(self.step, self.bound)
 
 
 @dataclass(frozen=True, slots=True)

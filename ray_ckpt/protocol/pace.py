@@ -47,7 +47,7 @@ def is_news(report: WorkerReport, known: WorkerReport | None, *, steps: bool) ->
     if not set(report.pending) <= set(known.pending):
         # That an outcome was heard of is no news.
         return True
-    return steps and (report.step, report.stride) != (known.step, known.stride)
+    return steps and (report.reached, report.stride) != (known.reached, known.stride)
 
 
 def is_host_news(report: HostReport, known: HostReport | None, *, steps: bool) -> bool:

@@ -28,7 +28,7 @@ from ray_ckpt.protocol.flows import (
     Until,
 )
 from ray_ckpt.protocol.ledger import Ledger
-from ray_ckpt.protocol.messages import HostReport, JobConfig, SaveOutcome, SegmentInfo, WriteOrder
+from ray_ckpt.protocol.messages import BASENAME, HostReport, JobConfig, SaveOutcome, SegmentInfo, WriteOrder
 from ray_ckpt.protocol.roster import Roster
 from ray_ckpt.types import Checkpoint, Claim, LogRecord, ShardReport
 
@@ -69,6 +69,7 @@ class SaveState:
     fatal: bool = False
     nbytes: int = 0
     appending: bool = False
+    basename: str = BASENAME
 
     @property
     def step(self) -> int:
@@ -247,6 +248,7 @@ class Saves:
             max_tries=self._config.max_tries,
             opened=self._ledger.now,
             deadline=self._ledger.now + self._config.save_timeout_s,
+            basename=self._config.basename,
         )
         self.active[save.key] = save
         self._flows.start(self._run(save))
@@ -354,7 +356,7 @@ class Saves:
 
     def _claim(self, save: SaveState) -> Generator[Io, Any, None]:
         """Find a prefix that no other attempt has used or will use (see the design page, "Who may write")."""
-        bare = f"model.ckpt-{save.step}"
+        bare = f"{save.basename}-{save.step}"
         own = f"{save.attempt}/{bare}"
         for prefix in (bare, own) if save.step > self._ledger.head.high_water else (own,):
             save.prefix = prefix

@@ -59,6 +59,7 @@ class WorkerLogic:
         self.plan: RankPlan | None = None
         self.plan_fingerprint: str | None = None
         self.step = -1
+        self.bound = -1
         self.outcomes: dict[int, SaveOutcome] = {}
         self.request_outcomes: dict[str, SaveOutcome] = {}
         self.snapshots: dict[int, Trigger] = {}
@@ -77,6 +78,7 @@ class WorkerLogic:
         self._roll_call = -1
         self._stride = config.stride
         self._next_due = -1.0
+        self._promised = -1
         self._sequence = 0
         self._seen = (0, -1)
 
@@ -107,6 +109,15 @@ class WorkerLogic:
         due = self._arrive_accepted(step, trigger) if self._accepted or trigger is not None else None
         self._due_step = step if due is not None and due.snapshot is not None else None
         return due
+
+    def reached(self, bound: int) -> bool:
+        """The loop may be at any step up to ``bound`` now; whether one that it has not told of yet has been agreed on.
+
+        Nothing is accepted any more at or before the bound. While this is true, `arrive` must hear of each step.
+        """
+        if bound > self.bound:
+            self.bound = bound
+        return self._promised > self.step and any(p.step > self.step for p in self._accepted.values())
 
     def _previous(self, step: int, ask: Trigger | None) -> int:
         if self.step >= 0:
@@ -259,8 +270,9 @@ class WorkerLogic:
                 del self._accepted[held.id]
 
     def _vote(self, proposal: Proposal) -> None:
-        if proposal.step > self.step and not self.finished:
+        if proposal.step > max(self.step, self.bound) and not self.finished:
             self._accepted[proposal.id] = proposal
+            self._promised = max(self._promised, proposal.step)
         else:
             self._refused.add(proposal.id)
 
@@ -283,6 +295,7 @@ class WorkerLogic:
             layout=None if fingerprint == self._acknowledged else layout,
             plan_id=self.plan.plan_id if self.plan else None,
             step=self.step,
+            bound=self.bound,
             stride=self._stride,
             waiting_step=self._waiting_step,
             due_step=self._due_step,

@@ -9,12 +9,11 @@ from typing import NamedTuple
 import numpy as np
 
 from ray_ckpt.bundle import (
-    STRING,
     Piece,
     StoredTensor,
     content_crc,
     crc32c,
-    decode_strings,
+    decode_objects,
     dtype_of,
     nbytes_of,
 )
@@ -72,12 +71,12 @@ class PieceJob:
             raise DamagedError(f"crc32c {found:08x}, should be {self.piece.crc:08x}")
 
     def _decode(self, raw: memoryview) -> Array:
-        if self.dtype != STRING:
+        if self.is_numeric:
             return np.frombuffer(raw, dtype_of(self.dtype))
         count = self.piece.box.size
-        strings = np.empty(count, object)
-        strings[:] = decode_strings(bytes(raw), count)
-        return strings
+        objects = np.empty(count, object)
+        objects[:] = decode_objects(self.dtype, bytes(raw), count)
+        return objects
 
 
 @collector_paused()

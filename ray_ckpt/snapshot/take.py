@@ -10,7 +10,7 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
-from ray_ckpt.bundle import STRING, crc32c, dtype_of, encode_strings
+from ray_ckpt.bundle import crc32c, dtype_of, encode_objects, nbytes_of
 from ray_ckpt.errors import SaveError, StorageError
 from ray_ckpt.leaves import parts, read_box, start_transfers
 from ray_ckpt.snapshot.segment import Segment
@@ -135,9 +135,10 @@ def _chunks(into: _Array, source: _Array) -> Iterator[_Move]:
 def _encode_strings(plan: RankPlan, layout: Layout, values: Sequence[Any]) -> list[tuple[bytes, int]]:
     """The bytes and crc of each copy without a fixed size, which all come last."""
     return [
-        encode_strings(read_box(values[copy.leaf], layout.leaves[copy.leaf], copy.box), copy.box.shape)
+        encode_objects(leaf.dtype, read_box(values[copy.leaf], leaf, copy.box), copy.box.shape)
         for copy in plan.copies
         if copy.start < 0
+        for leaf in (layout.leaves[copy.leaf],)
     ]
 
 
@@ -161,8 +162,8 @@ def _sampled(checks: Sequence[int], layout: Layout, step: int) -> list[int]:
 def _digest(value: Any, spec: LeafSpec, step: int | None) -> int:
     """crc32c of the leaf's elements, little-endian in C order: all, or the samples of a step."""
     whole = Box.whole(spec.shape)
-    if spec.dtype == STRING:
-        return encode_strings(read_box(value, spec, whole), spec.shape)[1]
+    if nbytes_of(spec.dtype, 1) is None:
+        return encode_objects(spec.dtype, read_box(value, spec, whole), spec.shape)[1]
     dtype = dtype_of(spec.dtype)
     if step is None or whole.size * dtype.itemsize <= _SAMPLES * _SAMPLE_NBYTES:
         boxes = [whole]

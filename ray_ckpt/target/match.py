@@ -9,10 +9,11 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from ray_ckpt.bundle import STRING, StoredTensor, dtype_of
+from ray_ckpt.bundle import VARIANT, StoredTensor, dtype_of
 from ray_ckpt.errors import StateError
-from ray_ckpt.leaves import PerWorker, Slice, Wanted, wanted
+from ray_ckpt.leaves import PerWorker, Slice, Slices, Wanted, wanted
 from ray_ckpt.leaves.base import split_per_worker
+from ray_ckpt.metadata import DEFAULT_KIND
 from ray_ckpt.restore import StoredCheckpoint
 from ray_ckpt.target.differences import CASTABLE, Differences, form
 from ray_ckpt.target.structure import StoredNames, expected_names
@@ -152,7 +153,8 @@ class Matcher:
     def _source(self, name: str, stored_name: str, like: Any) -> Source | None:
         """What to read of a tensor; None, and a difference, if it is not what the target's leaf wants."""
         tensor = self.stored.tensor(stored_name)
-        kind = self.stored.metadata.kind(stored_name) if self.stored.metadata else "numpy"
+        foreign = VARIANT if tensor.dtype == VARIANT else DEFAULT_KIND
+        kind = self.stored.metadata.kind(stored_name) if self.stored.metadata else foreign
         if like is None:
             want = Wanted(tensor.dtype, tensor.shape, (Box.whole(tensor.shape),))
         else:
@@ -160,8 +162,8 @@ class Matcher:
             if want.dtype == tensor.dtype and want.shape == tensor.shape:
                 return Source(tensor, kind, like, want.boxes)
         found, expected = numpy_dtype(tensor.dtype), numpy_dtype(want.dtype)
-        same_dtype = found is not None and found == expected
-        castable = found is not None and STRING not in (tensor.dtype, want.dtype)
+        castable = found is not None and object not in (found, expected)
+        same_dtype = want.dtype == tensor.dtype or (castable and found == expected)
         if tuple(want.shape) == tensor.shape and (same_dtype or (self.cast and castable)):
             return Source(tensor, kind, like, want.boxes, None if same_dtype else expected)
         detail = f"expected {form(want.dtype, want.shape)}, found {form(tensor.dtype, tensor.shape)}"
@@ -187,7 +189,7 @@ def _resized(like: PerWorker, rank: int, world_size: int, values: list[Any]) -> 
 
 
 def numpy_dtype(name: str) -> np.dtype[Any] | None:
-    """The numpy dtype of a tensor's type; None where numpy has none ("variant")."""
+    """The numpy dtype of a tensor's type; None where numpy has none ("resource")."""
     try:
         return dtype_of(name)
     except StateError:
@@ -198,6 +200,8 @@ def bare(like: Any) -> Any:
     """The target's leaf without its markers."""
     if isinstance(like, PerWorker):
         return bare(like.value)
+    if isinstance(like, Slices):
+        return bare(like.parts[0])
     return bare(like.array) if isinstance(like, Slice) else like
 
 

@@ -14,7 +14,7 @@ from ray_ckpt.restore import StoredCheckpoint
 from ray_ckpt.tree import ROOT_NAME, join_name
 
 _PER_WORKER = re.compile(r"(?s)(.*)/\.per_worker/(\d{5,})-of-(\d{5,})")
-_REBUILT = frozenset({"dict", "list", "tuple"})
+_REBUILT = frozenset({"dict", "list", "tuple", "named"})
 _TF_BOOKKEEPING = frozenset({"_CHECKPOINTABLE_OBJECT_GRAPH", "save_counter/.ATTRIBUTES/VARIABLE_VALUE"})
 """What `tf.train.Checkpoint` adds of its own; no user's state has a place for it."""
 
@@ -86,6 +86,9 @@ def foreign_containers(tree: str) -> list[str]:
 def _leaf_names(node: Any, name: str) -> Iterator[str]:
     if isinstance(node, str):
         yield name or ROOT_NAME
+        return
+    if isinstance(node, dict) and "named" in node:
+        yield from (key for key, _ in node["named"])
         return
     for part, child in _children(node):
         yield from _leaf_names(child, join_name(name, part))
