@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from ray_ckpt.bundle.slice_spec import parse_slice_spec
 from ray_ckpt.errors import StateError, UsageError
-from ray_ckpt.frontends.tensorflow.saver_graph import Part, RestoreTensors, SaverTensors
+from ray_ckpt.frontends.tensorflow.saver_graph import RestoreTensors, SaverTensors
 from ray_ckpt.leaves import Slice, Slices
 from ray_ckpt.types import Box
 from tests.frontends.graphs import mixed
@@ -45,7 +46,8 @@ def assert_state_is_what_tensorflow_saves(session: Any, saver: Any, path: Path) 
     for name in shapes:
         expected, found = reader.get_tensor(name), whole(state[name])
         if isinstance(expected, bytes):
-            assert found.shape == () and found.item() == expected
+            assert found.shape == ()
+            assert found.item() == expected
         else:
             assert found.dtype == np.asarray(expected).dtype, name
             np.testing.assert_array_equal(found, expected, err_msg=name)
@@ -213,9 +215,8 @@ def test_what_cannot_be_one_checkpoint_is_refused(
 
 
 def test_slice_specs() -> None:
-    assert Part.parse("") is None
-    assert Part.parse("10 3 4,3:0,3") == Part((10, 3), Box((4, 0), (3, 3)))
-    assert Part.parse("10 3 4,3:-") == Part((10, 3), Box((4, 0), (3, 3)))
-    for bad in ("10 3", "10 3 4,3", "x 0,1", "10 1,2,3", "10 0"):
+    assert parse_slice_spec("10 3 4,3:0,3") == ((10, 3), Box((4, 0), (3, 3)))
+    assert parse_slice_spec("10 3 4,3:-") == ((10, 3), Box((4, 0), (3, 3)))
+    for bad in ("", "10 3", "10 3 4,3", "x 0,1", "10 1,2,3", "10 0"):
         with pytest.raises(UsageError, match="is not a slice spec"):
-            Part.parse(bad)
+            parse_slice_spec(bad)

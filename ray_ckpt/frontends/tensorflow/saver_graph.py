@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ray_ckpt.bundle.slice_spec import parse_slice_spec
 from ray_ckpt.errors import StateError, UsageError
 from ray_ckpt.leaves import Slice, Slices
 from ray_ckpt.tree import Named
@@ -26,33 +27,10 @@ _NUM_PLAIN_INPUTS = 3
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One rectangle of a larger tensor, as a slice spec gives it."""
+    """One rectangle of a larger tensor."""
 
     global_shape: Shape
     box: Box
-
-    @classmethod
-    def parse(cls, spec: str) -> Part | None:
-        """The rectangle of a spec "10 3 4,3:-" (extents; offset,length of each dimension, "-" for all of it).
-
-        None for the empty spec, which means the whole tensor.
-
-        Raises:
-            UsageError: not of this form.
-        """
-        if not spec:
-            return None
-        try:
-            *extents, ranges = spec.split(" ")
-            shape = tuple(map(int, extents))
-            pairs = [
-                (0, extent) if text == "-" else tuple(map(int, text.split(",")))
-                for extent, text in zip(shape, ranges.split(":"), strict=True)
-            ]
-            offset, lengths = zip(*pairs, strict=True)
-        except ValueError:
-            raise UsageError(f"{spec!r} is not a slice spec as in '10 3 4,3:-'") from None
-        return cls(shape, Box(offset, lengths))
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +159,7 @@ def _described(op: Any, tensors: Sequence[Any]) -> Iterator[GraphTensor]:
     """The tensors of a `SaveV2` or `RestoreV2` op, with its names and slice specs."""
     names, specs = (_texts(op, i) for i in (1, 2))
     for name, spec, tensor in zip(names, specs, tensors, strict=True):
-        yield GraphTensor(name, Part.parse(spec), tensor)
+        yield GraphTensor(name, Part(*parse_slice_spec(spec)) if spec else None, tensor)
 
 
 def _texts(op: Any, i: int) -> list[str]:
