@@ -38,8 +38,10 @@ from ray_ckpt.protocol.messages import (
     Trigger,
 )
 from ray_ckpt.protocol.worker import Due
+from ray_ckpt.restore import StoredCheckpoint
 from ray_ckpt.storage import open_store
 from ray_ckpt.target import Rename, is_abstract, is_function, read_state
+from ray_ckpt.trackable import is_trackable, reader
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +180,8 @@ class Checkpointer:
         ``like``: a state, an abstract one (shapes, dtypes, shardings) or a function that makes a fresh state; that
         one runs only if there is no checkpoint. ``missing="error"`` raises then. ``partial``, ``rename`` and ``cast``:
         see `target.read_state`. After an explicit older ``step``, newer checkpoints are superseded: never the
-        default again, and the first to be deleted.
+        default again, and the first to be deleted. A `tf.train.Checkpoint` is restored by TensorFlow, objects that
+        are made later too.
 
         Raises:
             UsageError: called twice, or after the first step.
@@ -192,10 +195,7 @@ class Checkpointer:
             raise UsageError(f'missing must be "init" or "error", found {missing!r}')
         wish = RestoreWish("newest") if step is None else RestoreWish("step", step)
 
-        def read(stored: Any) -> Any:
-            rank, world_size = self.rank, self.world_size
-            return read_state(stored, like, rank=rank, world_size=world_size, partial=partial, rename=rename, cast=cast)
-
+        read = self._reader(like, partial, rename, cast)
         found, state = restoring.restore(self._link, self._store, wish, read, self._start_timeout_s)
         if found is None:
             if missing == "error":
@@ -209,6 +209,18 @@ class Checkpointer:
         self._saver.register(state)
         self._ready = True
         return state
+
+    def _reader(self, like: Any, partial: bool, rename: Rename | None, cast: bool) -> restoring.Read:
+        if is_trackable(like):
+            if rename is not None or cast:
+                raise UsageError("TensorFlow restores a tf.train.Checkpoint by itself: without rename and cast")
+            return reader(like, partial=partial)
+
+        def read(stored: StoredCheckpoint) -> restoring.Build:
+            rank, world_size = self.rank, self.world_size
+            return read_state(stored, like, rank=rank, world_size=world_size, partial=partial, rename=rename, cast=cast)
+
+        return read
 
     def adopt(self, step: int | None) -> None:
         """Instead of `restore`: the state comes from the checkpoint of ``step``, read by other means; None: from none.

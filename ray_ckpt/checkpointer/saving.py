@@ -12,6 +12,7 @@ from ray_ckpt.errors import RayCkptError, UnavailableError
 from ray_ckpt.leaves.layout import Layouts
 from ray_ckpt.protocol.messages import JobConfig, Trigger
 from ray_ckpt.snapshot import SaveId, Segment, SegmentTooSmallError, needed_nbytes, take_snapshot
+from ray_ckpt.trackable import gather, is_trackable
 from ray_ckpt.types import Layout, RankPlan
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ class Saver:
 
     def register(self, state: Any) -> None:
         """Tell the structure of the state ahead of the first save, so that plan and memory are ready for it."""
-        layout, _ = self._layouts.of(state)
+        layout, _ = self._layouts.of(self._leaves_of(state))
         self._set_layout(layout, None)
 
     def save(self, step: int, state: Any, trigger: Trigger) -> None:
@@ -61,7 +62,7 @@ class Saver:
             self.stall_s += time.monotonic() - began
 
     def _save(self, step: int, state: Any, trigger: Trigger, due: float) -> None:
-        layout, values = self._layouts.of(state)
+        layout, values = self._layouts.of(self._leaves_of(state))
         if layout.fingerprint != self._fingerprint:
             if self._fingerprint is not None:
                 # First the plan for what all ranks had registered: one for a mixture of old and new would fit nobody.
@@ -86,6 +87,10 @@ class Saver:
             with self._link.condition:
                 self._link.logic.snapshotted(step, trigger)
             return
+
+    def _leaves_of(self, state: Any) -> Any:
+        """The state as containers of leaves: what TensorFlow would save of its own checkpoint object."""
+        return gather(state, self._link.rank) if is_trackable(state) else state
 
     def _plan(self, step: int) -> RankPlan | None:
         """The plan for the registered layout; None if the save failed while it was waited for."""
