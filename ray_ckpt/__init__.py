@@ -12,12 +12,15 @@ if TYPE_CHECKING:
     from ray_ckpt.catalog import CheckpointInfo, Report, checkpoints, load, verify
     from ray_ckpt.checkpointer import Checkpointer, Timeouts
     from ray_ckpt.coordinator import request_save, status
+    from ray_ckpt.frontends.keras.backup import BackupAndRestore
+    from ray_ckpt.frontends.keras.model_checkpoint import ModelCheckpoint
     from ray_ckpt.frontends.tensorflow.hooks import AsyncCheckpointSaverHook, CheckpointSaverHook
     from ray_ckpt.frontends.tensorflow.restore import restore_session
     from ray_ckpt.leaves import PerWorker, Slice
 
 _HOMES = {
     "AsyncCheckpointSaverHook": "frontends",
+    "BackupAndRestore": "frontends",
     "CheckpointInfo": "catalog",
     "CheckpointSaverHook": "frontends",
     "Report": "catalog",
@@ -26,6 +29,7 @@ _HOMES = {
     "verify": "catalog",
     "Checkpointer": "checkpointer",
     "request_save": "coordinator",
+    "ModelCheckpoint": "frontends",
     "restore_session": "frontends.tensorflow.restore",
     "status": "coordinator",
     "PerWorker": "leaves",
@@ -37,9 +41,11 @@ _HOMES = {
 
 __all__ = [
     "AsyncCheckpointSaverHook",
+    "BackupAndRestore",
     "CheckpointInfo",
     "CheckpointSaverHook",
     "Checkpointer",
+    "ModelCheckpoint",
     "PerWorker",
     "Report",
     "Slice",

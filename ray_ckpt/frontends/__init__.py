@@ -20,4 +20,18 @@ AsyncCheckpointSaverHook = LazyClass(
     doc="`CheckpointSaverHook` for which training never waits, as `tf.contrib.tpu.AsyncCheckpointSaverHook`.",
 )
 
-__all__ = ["AsyncCheckpointSaverHook", "CheckpointSaverHook"]
+BackupAndRestore = LazyClass(
+    "ray_ckpt.frontends.keras.backup",
+    "BackupAndRestore",
+    extra="tf",
+    doc="Resumes an interrupted `fit` at its batch, as `keras.callbacks.BackupAndRestore` does at its epoch.",
+)
+
+ModelCheckpoint = LazyClass(
+    "ray_ckpt.frontends.keras.model_checkpoint",
+    "ModelCheckpoint",
+    extra="tf",
+    doc="Saves a model and its optimizer during `fit`, as `keras.callbacks.ModelCheckpoint` does.",
+)
+
+__all__ = ["AsyncCheckpointSaverHook", "BackupAndRestore", "CheckpointSaverHook", "ModelCheckpoint"]
