@@ -424,7 +424,7 @@ class Checkpointer:
         if kind is None:
             self.close()
         else:
-            self._leave()
+            self.leave()
 
     def close(self) -> None:
         """Save the last step if it is not saved yet, wait for all saves, and leave. May be called again.
@@ -449,9 +449,10 @@ class Checkpointer:
             if lost:
                 raise SaveError(f"{self.url}: the last step, {lost[0].step}, was not saved: {lost[0].error}")
         finally:
-            self._leave()
+            self.leave()
 
-    def _leave(self) -> None:
+    def leave(self) -> None:
+        """Leave at once, without a last save; what has been snapshotted is saved without this process."""
         if self._closed:
             return
         self._closed = True

@@ -1,0 +1,442 @@
+"""`CheckpointSaverHook` and `AsyncCheckpointSaverHook`: TensorFlow's hooks over this package's saves.
+
+What they do and when is TensorFlow's (r1.13 to 2.21, tensorflow/python/training/basic_session_run_hooks.py, and
+tensorflow/contrib/tpu/python/tpu/async_checkpoint.py of r1.13).
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+import ray
+import tensorflow as tf
+from tensorflow.python.training import training_util
+
+from ray_ckpt.checkpointer.settings import DEFAULT_TIMEOUTS, Timeouts, check_local, who_am_i
+from ray_ckpt.errors import RayCkptError, SaveError, StorageError, UsageError
+from ray_ckpt.frontends.tensorflow.restore import restore_session
+from ray_ckpt.frontends.tensorflow.session_saves import Place, SessionSaves, Taken
+from ray_ckpt.frontends.tensorflow.side_files import SideFiles, opened_by_tensorflow
+from ray_ckpt.protocol.messages import SaveOutcome
+from ray_ckpt.storage import open_store
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+logging = tf.compat.v1.logging
+
+_STORE_OPTIONS = ("storage_options", "single_coordinator")
+
+
+class HookSettings(TypedDict, total=False):
+    """What the hooks take beyond TensorFlow's arguments, by keyword; those not told here are `Checkpointer`'s.
+
+    ``blocking``: whether `after_run` waits for the commit. None, the default: `CheckpointSaverHook` does if
+    a listener has an `after_save`, `AsyncCheckpointSaverHook` never does.
+
+    ``on_error``: "raise" (default): a save that failed is raised from the next run; "warn": it is logged, and training
+    goes on, up to three in a row.
+
+    ``before_snapshot``: called with the session after the listeners' `before_save`, just before the values are read: to
+    pull embedding tables into the host's variables, for one.
+    """
+
+    blocking: bool | None
+    on_error: Literal["raise", "warn"]
+    before_snapshot: Callable[[Any], None] | None
+    rank: int | None
+    world_size: int | None
+    writers_per_host: int
+    memory_dir: str | os.PathLike[str] | None
+    timeouts: Timeouts
+    delete_grace_s: float
+    storage_options: Mapping[str, Any] | None
+    single_coordinator: bool
+
+
+class CheckpointSaverHook(tf.compat.v1.train.CheckpointSaverHook):  # type: ignore[misc]
+    """Saves a session's variables every N steps or seconds, as `tf.compat.v1.train.CheckpointSaverHook` does.
+
+    A due save copies the values in `after_run`; Ray tasks write them, and one commit makes the checkpoint visible.
+    After it, in the training thread (at the next run, or before `after_run` returns, see ``blocking``), come
+    `.meta`, the event and the listeners' `after_save`. At most two snapshots are in memory: a third due save waits. If
+    Ray does not run in this process, a local one is started.
+
+    Args:
+        checkpoint_dir: a path or URL. Where TensorFlow has no file system for it, the hook itself restores a session at
+            step 0 from the newest checkpoint there, and writes no event file.
+        save_secs, save_steps: the cadence, exactly one of them.
+        saver: the `Saver` that says what is saved, under which names, and which checkpoints are kept.
+        checkpoint_basename: checkpoints are ``<checkpoint_basename>-<step>``; may have a folder before the name.
+        scaffold: whose saver is used, if ``saver`` is not given; with neither the only one of the SAVERS collection.
+        listeners: `CheckpointSaverListener` objects.
+        steps_per_run: how many training steps one `session.run` takes.
+        save_graph_def: whether to write `graph.pbtxt` and `.meta` files.
+        settings: see `HookSettings`.
+
+    Raises:
+        ValueError: saver and scaffold, or not exactly one of save_secs and save_steps; TensorFlow's messages.
+        UsageError: settings that cannot work. On use: the hook serves two sessions, or a forked process; no
+            variables to save; ``checkpoint_dir`` is a file.
+        SaveError: on use: a save failed, and ``on_error`` is "raise".
+        FencedError: on use: another job or a newer start saves to this directory.
+    """
+
+    _never_waits = False
+
+    def __init__(
+        self,
+        checkpoint_dir: str | os.PathLike[str],
+        save_secs: float | None = None,
+        save_steps: int | None = None,
+        saver: Any = None,
+        checkpoint_basename: str = "model.ckpt",
+        scaffold: Any = None,
+        listeners: list[Any] | None = None,
+        steps_per_run: int = 1,
+        save_graph_def: bool = True,
+        **settings: Unpack[HookSettings],
+    ) -> None:
+        super().__init__(
+            os.fspath(checkpoint_dir),
+            save_secs=save_secs,
+            save_steps=save_steps,
+            saver=saver,
+            checkpoint_basename=checkpoint_basename,
+            scaffold=scaffold,
+            listeners=listeners,
+            save_graph_def=save_graph_def,
+        )
+        self._set_steps_per_run(steps_per_run)
+        _check(type(self).__name__, settings)
+        options: dict[str, Any] = {"on_error": "raise", **settings}
+        self._blocking: bool | None = options.pop("blocking", None)
+        self._before_snapshot: Callable[[Any], None] | None = options.pop("before_snapshot", None)
+        self._options = options
+        self._by_secs = save_secs is not None
+        self._pid = os.getpid()
+        self._saves: SessionSaves | None = None
+        self._files: SideFiles | None = None
+        self._kept: tuple[Any, int | None] | None = None
+        self._stop = False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # What was pickled may be used in the process that it was sent to.
+        self.__dict__.update(state, _pid=os.getpid())
+
+    # -- a session's life -----------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Make the folder and its event file, and the tensor that reads the global step; once a `MonitoredSession`."""
+        self._check_process()
+        self._settle_unended()
+        self._rank, self._world_size = who_am_i(self._options.get("rank"), self._options.get("world_size"))
+        self._place = Place(os.path.dirname(self._save_path) or ".", os.path.basename(self._save_path), self._options)
+        self._files = self._side_files() if self._rank == 0 else None
+        self._summary_writer = self._files and self._files.events
+        self._global_step_tensor = training_util._get_or_create_global_step_read()
+        if self._global_step_tensor is None:
+            raise RuntimeError("Global step should be created to use CheckpointSaverHook.")
+        for listener in self._listeners:
+            listener.begin()
+
+    def _side_files(self) -> SideFiles:
+        options: dict[str, Any] = {k: v for k, v in self._options.items() if k in _STORE_OPTIONS}
+        store = open_store(self._place.url, **options)
+        return SideFiles(self._checkpoint_dir, store, self._save_path, graphs=self._save_graph_def, options=options)
+
+    def after_create_session(self, session: Any, coord: Any) -> None:  # noqa: ARG002 (TensorFlow's interface)
+        """Write the graph, and save the session as it is: fresh, restored, or restored after it was lost."""
+        self._check_process()
+        lost, self._saves = self._saves, None
+        if lost is not None:
+            self._settle(lost, session)
+        with session.graph.as_default():
+            self._restore(session)
+            step = session.run(self._global_step_tensor)
+            if self._files is not None:
+                self._files.write_graph(session.graph)
+            saver = self._get_saver()
+            if self._files is not None:
+                self._files.log_graph(session.graph, saver)
+            saves = self._open(session, saver)
+            try:
+                self._save(session, step, first=True)
+            except BaseException:
+                # There will be no session, so nobody would ever end this.
+                self._let_go(saves)
+                raise
+        self._timer.update_last_triggered_step(step)
+
+    def _restore(self, session: Any) -> None:
+        """Where TensorFlow cannot open the directory, `MonitoredTrainingSession` could not restore from it."""
+        if not opened_by_tensorflow(self._checkpoint_dir) and session.run(self._global_step_tensor) == 0:
+            options = self._options.get("storage_options")
+            restore_session(session, self._place.url, self._get_saver(), storage_options=options)
+
+    def _open(self, session: Any, saver: Any) -> SessionSaves:
+        if self._kept is None or self._kept[0] is not saver:
+            self._kept = (saver, None if saver.last_checkpoints else 0)
+        saves = SessionSaves(session, self._global_step_tensor, saver, self._place, self._kept[1])
+        self._kept = (saver, saves.keep_before)
+        self._saves = saves
+        _USED.add(self)
+        self._leaving = weakref.finalize(self, saves.leave)
+        self._leaving.atexit = False
+        return saves
+
+    def _let_go(self, saves: SessionSaves) -> None:
+        self._saves = None
+        self._leaving.detach()
+        saves.leave()
+
+    def after_run(self, run_context: Any, run_values: Any) -> None:
+        """Save if that is due, and tell of saves that have been committed since the last run."""
+        session = run_context.session
+        saves = self._saves
+        if saves is None or saves.session is not session or saves.pid != os.getpid():
+            raise self._misuse(session)
+        if saves.is_pending or self._stop:
+            self._stop = self._tell(session) or self._stop
+        bound = run_values.results + self._steps_per_run
+        agreed = saves.job.reached(int(bound))
+        if agreed or self._timer.should_trigger_for_step(bound):
+            # The real step, after the train op.
+            self._look(session, session.run(self._global_step_tensor), agreed)
+        if self._stop:
+            self._stop = False
+            run_context.request_stop()
+
+    def _look(self, session: Any, step: Any, agreed: bool) -> None:
+        saves = self._of(session)
+        if agreed and saves.offer(step, lambda: self._before(session, step)):
+            self._timer.update_last_triggered_step(step)
+            self._stop = self._taken(session) or saves.job.should_stop or self._stop
+        elif self._timer.should_trigger_for_step(step):
+            self._timer.update_last_triggered_step(step)
+            if self._by_secs and self._world_size > 1:
+                # Clocks differ: the first rank's asks, and all workers save at a step that they agree on.
+                if self._rank == 0:
+                    saves.job.request_save("save_secs")
+            else:
+                self._stop = self._save(session, step) or self._stop
+
+    def end(self, session: Any) -> None:
+        """Save the last step if it is not saved yet, wait for all saves, and let go of everything."""
+        saves = self._of(session)
+        try:
+            last_step = session.run(self._global_step_tensor)
+            self._wait(session)
+            if last_step != saves.last_step:
+                self._save(session, last_step)
+                self._wait(session)
+            for listener in self._listeners:
+                listener.end(session, last_step)
+            saves.close()
+        finally:
+            self._let_go(saves)
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Wait until no save of this hook is under way, and tell listeners of those that were committed.
+
+        Raises:
+            SaveError: one failed, and ``on_error`` is "raise".
+            UnavailableError: not in time; names who is late.
+        """
+        saves = self._saves
+        if saves is not None:
+            saves.wait(timeout_s)
+            self._stop = self._tell(saves.session) or self._stop
+
+    # -- saves ------------------------------------------------------------------------------------------------
+
+    def _save(self, session: Any, step: Any, *, first: bool = False) -> bool:
+        """Save this step; whether a listener asks for a stop."""
+        self._before(session, step)
+        self._of(session).take(step, first=first)
+        return self._taken(session)
+
+    def _before(self, session: Any, step: Any) -> None:
+        logging.info("Calling checkpoint listeners before saving checkpoint %d...", step)
+        for listener in self._listeners:
+            listener.before_save(session, step)
+        logging.info("Saving checkpoints for %d into %s.", step, self._save_path)
+        if self._before_snapshot is not None:
+            self._before_snapshot(session)
+
+    def _taken(self, session: Any) -> bool:
+        return self._wait(session) if self._waits else False
+
+    def _wait(self, session: Any) -> bool:
+        self._of(session).wait()
+        return self._tell(session)
+
+    @property
+    def _waits(self) -> bool:
+        """Whether `after_run` returns after the commit: if somebody is to be told then."""
+        if self._blocking is not None:
+            return self._blocking
+        return not self._never_waits and _have_after_save(self._listeners)
+
+    def _tell(self, session: Any) -> bool:
+        """Everything that follows a commit, for the saves that have ended; whether a listener asks for a stop."""
+        should_stop = False
+        for taken, outcome in self._of(session).decided():
+            if self._followed(taken, outcome) and self._after(session, taken.step) and not taken.first:
+                should_stop = True
+        return should_stop
+
+    def _followed(self, taken: Taken, outcome: SaveOutcome) -> bool:
+        """Files and the Saver's own list, after a commit. False if the save failed."""
+        saves = self._saves
+        assert saves is not None
+        if outcome.state == "failed":
+            self._complain(SaveError(f"{self._save_path}: step {taken.step} was not saved: {outcome.error}"))
+            return False
+        if self._files is not None:
+            try:
+                self._files.write_meta(outcome.prefix, saves.session.graph, saves.saver)
+            except StorageError as error:
+                self._complain(error)
+            self._files.log_checkpoint(taken.step)
+        _record(saves.saver, os.path.join(self._place.url, outcome.prefix))
+        return True
+
+    def _complain(self, error: RayCkptError) -> None:
+        if self._options["on_error"] == "raise" and (self._world_size == 1 or self._waits):
+            raise error
+        # Several workers that do not wait are all stopped at one step by the `Checkpointer`, if on_error says so.
+        logging.warning("%s", error)
+
+    def _after(self, session: Any, step: Any) -> bool:
+        logging.info("Calling checkpoint listeners after saving checkpoint %d...", step)
+        should_stop = False
+        for listener in self._listeners:
+            if listener.after_save(session, step):
+                logging.info("A CheckpointSaverListener requested that training be stopped. listener: %s", listener)
+                should_stop = True
+        return should_stop
+
+    # -- sessions that did not end well -------------------------------------------------------------------------
+
+    def _settle_unended(self) -> None:
+        """A session whose training ended in an exception: its snapshots become whole checkpoints, nobody is told."""
+        saves, self._saves = self._saves, None
+        if saves is not None:
+            self._settle(saves, None)
+
+    def _settle(self, saves: SessionSaves, session: Any) -> None:
+        """Wait for the saves of a session that is gone; listeners are told where there is a new session."""
+        timeouts = self._options.get("timeouts", DEFAULT_TIMEOUTS)
+        self._saves = saves
+        try:
+            saves.wait(timeouts.settle_s)
+            for taken, outcome in saves.decided():
+                if self._followed(taken, outcome) and session is not None:
+                    self._stop = (self._after(session, taken.step) and not taken.first) or self._stop
+        except RayCkptError as error:
+            logging.warning("The saves that were under way when a session ended have not all succeeded: %s", error)
+        finally:
+            self._let_go(saves)
+
+    # -- wrong uses ---------------------------------------------------------------------------------------------
+
+    def _of(self, session: Any) -> SessionSaves:
+        saves = self._saves
+        if saves is None or saves.session is not session:
+            raise self._misuse(session)
+        return saves
+
+    def _misuse(self, session: Any) -> UsageError:
+        self._check_process()
+        if self._saves is None:
+            return UsageError(f"{type(self).__name__} was used after its end, or before after_create_session")
+        return UsageError(
+            f"one {type(self).__name__} is used in two sessions at a time, {session!r} and {self._saves.session!r}:"
+            " make one for each session, with a directory of its own"
+        )
+
+    def _check_process(self) -> None:
+        """After a fork neither Ray nor TensorFlow works; better say so than hang."""
+        if self._pid != os.getpid() and (self._saves is not None or ray.is_initialized()):
+            raise UsageError(
+                f"this {type(self).__name__} was made in process {self._pid} and is used in {os.getpid()}, a fork of"
+                " it made after Ray or a session was started: start processes with the method 'spawn', or as Ray actors"
+            )
+
+
+class AsyncCheckpointSaverHook(CheckpointSaverHook):
+    """`CheckpointSaverHook` for which training never waits, as `tf.contrib.tpu.AsyncCheckpointSaverHook`.
+
+    Values are those of the step that a checkpoint is named after; they are written while training goes on.
+    Listeners' `after_save` is called in the training thread, at the first run after the commit. Arguments, errors and
+    settings: as `CheckpointSaverHook`; a save that is due while one is under way is taken too, a third waits.
+    """
+
+    _never_waits = True
+
+    def __init__(
+        self,
+        checkpoint_dir: str | os.PathLike[str],
+        save_secs: float | None = None,
+        save_steps: int | None = None,
+        saver: Any = None,
+        checkpoint_basename: str = "model.ckpt",
+        scaffold: Any = None,
+        listeners: list[Any] | None = None,
+        **settings: Unpack[HookSettings],
+    ) -> None:
+        logging.info("Create AsyncCheckpointSaverHook.")
+        super().__init__(
+            checkpoint_dir, save_secs, save_steps, saver, checkpoint_basename, scaffold, listeners, **settings
+        )
+
+    def end(self, session: Any) -> None:
+        """Wait for the saves under way, save the last step if it is not saved yet, and wait for that."""
+        logging.info("Waiting for any pending checkpoints to finish.")
+        super().end(session)
+
+    def _before(self, session: Any, step: Any) -> None:
+        logging.info("Triggering checkpoint. %s", step)
+        super()._before(session, step)
+
+    def _after(self, session: Any, step: Any) -> bool:
+        logging.info("Checkpoint finished for %d into %s.", step, self._save_path)
+        return super()._after(session, step)
+
+
+_USED: weakref.WeakSet[CheckpointSaverHook] = weakref.WeakSet()
+
+
+@atexit.register
+def _settle_all() -> None:
+    """Training that ended in an exception never called `end`; this runs before Ray's own end."""
+    for hook in list(_USED):
+        if hook._pid == os.getpid():
+            hook._settle_unended()
+
+
+def _check(name: str, settings: Mapping[str, Any]) -> None:
+    unknown = sorted(set(settings) - set(HookSettings.__annotations__))
+    if unknown:
+        raise TypeError(f"{name}() got an unexpected keyword argument {unknown[0]!r}")
+    timeouts = settings.get("timeouts", DEFAULT_TIMEOUTS)
+    check_local(settings.get("on_error", "raise"), timeouts, settings.get("writers_per_host", 1))
+
+
+def _have_after_save(listeners: Iterable[Any]) -> bool:
+    empty = tf.compat.v1.train.CheckpointSaverListener.after_save
+    return any(getattr(type(listener), "after_save", empty) is not empty for listener in listeners)
+
+
+def _record(saver: Any, path: str) -> None:
+    """Keep the Saver's list as `Saver.save` does; what falls out of it is the coordinator's to delete."""
+    saver._RecordLastCheckpoint(path)
+    for _, time in saver._checkpoints_to_be_deleted:
+        if time > saver._next_checkpoint_time:
+            saver._next_checkpoint_time += saver.saver_def.keep_checkpoint_every_n_hours * 3600
+    saver._checkpoints_to_be_deleted.clear()
