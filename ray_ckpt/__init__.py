@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ray_ckpt.frontends.keras.backup import BackupAndRestore
     from ray_ckpt.frontends.keras.model_checkpoint import ModelCheckpoint
     from ray_ckpt.frontends.tensorflow.hooks import AsyncCheckpointSaverHook, CheckpointSaverHook
+    from ray_ckpt.frontends.tensorflow.manager import CheckpointManager
     from ray_ckpt.frontends.tensorflow.restore import restore_session
     from ray_ckpt.leaves import PerWorker, Slice
 
@@ -22,6 +23,7 @@ _HOMES = {
     "AsyncCheckpointSaverHook": "frontends",
     "BackupAndRestore": "frontends",
     "CheckpointInfo": "catalog",
+    "CheckpointManager": "frontends.tensorflow.manager",
     "CheckpointSaverHook": "frontends",
     "Report": "catalog",
     "checkpoints": "catalog",
@@ -43,6 +45,7 @@ __all__ = [
     "AsyncCheckpointSaverHook",
     "BackupAndRestore",
     "CheckpointInfo",
+    "CheckpointManager",
     "CheckpointSaverHook",
     "Checkpointer",
     "ModelCheckpoint",
