@@ -13,8 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ray_ckpt.bundle import dtype_of, nbytes_of
-from ray_ckpt.bundle.dtypes import STRING
+from ray_ckpt.bundle import STRING, VARIANT, dtype_of, nbytes_of
 from ray_ckpt.errors import (
     DamagedError,
     NoCheckpointError,
@@ -106,9 +105,10 @@ def load(
     """The tensors of a checkpoint by name: the newest one, or that of ``step``.
 
     Numbers come in numpy's dtype of the same name (bfloat16 and smaller from ``ml_dtypes``), strings as
-    object arrays of bytes, scalars as arrays of shape (). ``names`` limits it to these tensors. Every byte is
+    object arrays of bytes, scalars as arrays of shape (). TensorFlow's "variant" tensors (states of iterators) come
+    as object arrays of serialized VariantTensorDataProto. ``names`` limits it to these tensors. Every byte is
     verified. If the newest checkpoint is damaged, a warning is logged and the next older one is taken; a
-    ``step`` that was asked for is not replaced. TensorFlow's "variant" tensors (iterators) are left out.
+    ``step`` that was asked for is not replaced.
 
     Raises:
         NoCheckpointError: there is none, or not this step.
@@ -197,7 +197,7 @@ def _first_sound(
             with _pinned(store, checkpoint):
                 return (use(open_checkpoint(store, checkpoint)),)
         except ObjectMissingError as error:
-            if checkpoint not in live_checkpoints(store):
+            if not _is_live(store, checkpoint):
                 return None
             damage = DamagedError(f"a file of step {checkpoint.step} is missing: {error}")
         except DamagedError as error:
@@ -212,6 +212,11 @@ def _first_sound(
     return None
 
 
+def _is_live(store: Store, checkpoint: Checkpoint) -> bool:
+    """Whether the log still lists it; its marks may have changed."""
+    return any((c.prefix, c.attempt) == (checkpoint.prefix, checkpoint.attempt) for c in live_checkpoints(store))
+
+
 def _arrays(stored: StoredCheckpoint, names: Sequence[str] | None) -> dict[str, Array]:
     if names is None:
         names = [name for name in stored.names if _has_numpy_form(stored, name)]
@@ -223,7 +228,7 @@ def _arrays(stored: StoredCheckpoint, names: Sequence[str] | None) -> dict[str, 
 
 def _has_numpy_form(stored: StoredCheckpoint, name: str) -> bool:
     dtype = stored.tensor(name).dtype
-    if dtype == STRING or nbytes_of(dtype, 1) is not None:
+    if dtype in (STRING, VARIANT) or nbytes_of(dtype, 1) is not None:
         return True
     logger.info("%s: tensor %r is left out, numpy has no %s", stored.where, name, dtype)
     return False
@@ -251,7 +256,7 @@ def _verify_one(store: Store, checkpoint: Checkpoint, progress: VerifyProgress |
 
     with _pinned(store, checkpoint):
         index, damage = check_bytes(store, checkpoint, progress=tell)
-    if damage and checkpoint not in live_checkpoints(store):
+    if damage and not _is_live(store, checkpoint):
         return None
     tensors = [] if index is None else [t for t in index.tensors.values() if t.name != METADATA_KEY]
     return Report(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from ray_ckpt.types import Checkpoint
 
@@ -32,38 +33,50 @@ def first_crossing(seen: int, earliest: int, every: int, stride: int) -> int:
     return align(max(multiple, earliest), seen, stride)
 
 
-def victims(
+class Retired(NamedTuple):
+    """What retention lets go: deleted, or kept for good instead and counted no more."""
+
+    deleted: list[Checkpoint]
+    preserved: list[Checkpoint]
+
+
+def retire(
     live: Sequence[Checkpoint],
     *,
     max_to_keep: int | None,
     keep_every_steps: int | None = None,
     keep_every_hours: float | None = None,
+    hours_from: float | None = None,
+    first_generation: int = 0,
     protected: frozenset[str] = frozenset(),
-) -> list[Checkpoint]:
-    """The checkpoints to delete, superseded ones first, then the oldest.
+) -> Retired:
+    """The checkpoints that are too many, superseded ones first, then the oldest.
 
-    ``live`` is in commit order. Foreign ones, those in ``protected`` (prefixes) and the newest that is
-    not superseded are never chosen. With ``keep_every_steps`` multiples of it stay for good, with
-    ``keep_every_hours`` the first of each such span of time; neither counts towards ``max_to_keep``.
+    ``live`` is in commit order. Foreign and preserved ones, those of generations before ``first_generation``, those
+    in ``protected`` (prefixes) and the newest that is not superseded are never chosen; but for the last two they do
+    not count towards ``max_to_keep`` either. With ``keep_every_steps`` multiples of it stay and do not count. With
+    ``keep_every_hours``, what is so many hours younger than the last one preserved is preserved, not deleted; before
+    the first, than ``hours_from`` (seconds since the epoch; None: the first is preserved in any case). That is the
+    rule of `tf.train.CheckpointManager`.
     """
     if max_to_keep is None:
-        return []
-    candidates = [c for c in live if not c.foreign]
-    kept_for_good = _milestones(candidates, keep_every_steps, keep_every_hours)
-    newest = next((c for c in reversed(candidates) if not c.superseded), None)
-    pool = [c for c in candidates if c.prefix not in kept_for_good]
-    excess = len(pool) - max_to_keep
+        return Retired([], [])
+    newest = next((c for c in reversed(live) if not c.foreign and not c.superseded), None)
+    ours = [c for c in live if not c.foreign and c.generation >= first_generation]
+    pool = [c for c in ours if not c.preserved and not _is_multiple(c, keep_every_steps)]
     ranked = sorted(pool, key=lambda c: not c.superseded)
     free = [c for c in ranked if c is not newest and c.prefix not in protected]
-    return free[: max(excess, 0)]
+    retired = Retired([], [])
+    start = float("-inf") if hours_from is None else hours_from
+    last = max((c.time for c in ours if c.preserved), default=start)
+    for c in free[: max(len(pool) - max_to_keep, 0)]:
+        if keep_every_hours is not None and not c.superseded and c.time >= last + keep_every_hours * 3600:
+            retired.preserved.append(c)
+            last = c.time
+        else:
+            retired.deleted.append(c)
+    return retired
 
 
-def _milestones(candidates: Sequence[Checkpoint], steps: int | None, hours: float | None) -> frozenset[str]:
-    kept = {c.prefix for c in candidates if steps and c.step % steps == 0 and not c.superseded}
-    if hours:
-        last_kept = float("-inf")
-        for c in candidates:
-            if not c.superseded and c.time >= last_kept + hours * 3600:
-                kept.add(c.prefix)
-                last_kept = c.time
-    return frozenset(kept)
+def _is_multiple(checkpoint: Checkpoint, steps: int | None) -> bool:
+    return steps is not None and checkpoint.step % steps == 0 and not checkpoint.superseded

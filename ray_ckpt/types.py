@@ -257,7 +257,7 @@ class LogRecord:
 
     claim: coordinator ``epoch`` took the directory over; seal: a generation got its restore step;
     commit, abort: the save of ``attempt`` at ``step`` was decided; delete: entries moved from
-    ``live`` to ``dying`` (or left ``dying`` for good). ``live`` is in commit order, newest last.
+    ``live`` to ``dying``, were marked as preserved, or left ``dying`` for good. ``live`` is in commit order, newest last.
     ``high_water`` is the largest step ever decided: a prefix ``model.ckpt-S`` with
     S <= high_water is never claimed again.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import os
 import sys
@@ -11,7 +12,6 @@ import ray
 
 from ray_ckpt.errors import UsageError
 from ray_ckpt.protocol.messages import JobConfig
-from ray_ckpt.types import PRIVATE_DIR
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,6 @@ DEFAULT_TIMEOUTS = Timeouts()
 
 _COUNTS = "world_size save_steps stride slots max_tries max_failures max_to_keep keep_every_steps"
 _TIMES = "save_secs keep_every_hours save_timeout_s settle_timeout_s host_timeout_s"
-_RESERVED = (PRIVATE_DIR,)
 _WHOLE = frozenset(_COUNTS.split())
 _POSITIVE = _WHOLE | frozenset(_TIMES.split())
 _OVERLAPS = ("wait", "skip", "coalesce")
@@ -70,17 +69,20 @@ def checked(config: JobConfig) -> JobConfig:
     if config.keep_before is not None and (type(config.keep_before) is not int or config.keep_before < 0):
         raise UsageError(f"keep_before must be the number of a generation, or 0, found {config.keep_before!r}")
     if config.keep_hours_from is not None:
-        check_positive("keep_hours_from", config.keep_hours_from, whole=False)
+        _check_time("keep_hours_from", config.keep_hours_from)
     if not config.delete_grace_s >= 0:
         raise UsageError(f"delete_grace_s must not be negative, found {config.delete_grace_s!r}")
     return replace(config, start=os.environ.get(START_VARIABLE, ""))
 
 
 def _check_basename(name: object) -> None:
-    if not isinstance(name, str) or not name or "/" in name or not name.isprintable() or name in (".", ".."):
+    if not isinstance(name, str) or not name or "/" in name or not name.isprintable():
         raise UsageError(f'basename must be a file name such as "model.ckpt", found {name!r}')
-    if name in _RESERVED:
-        raise UsageError(f"basename must not be {name!r}: files of that name have another meaning here")
+
+
+def _check_time(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UsageError(f"{name} must be a time in seconds since the epoch, found {value!r}")
 
 
 def check_positive(name: str, value: object, *, whole: bool) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ray_ckpt import log
-from ray_ckpt.bundle import index_name, parse_shard_name, parse_state_file
+from ray_ckpt.bundle import graph_name, index_name, parse_shard_name, parse_state_file
 from ray_ckpt.coordinator.assemble import Entries, merged_index, metadata_shard, partitioned_entries
 from ray_ckpt.errors import DamagedError, ObjectMissingError, RayCkptError
 from ray_ckpt.protocol import flows
@@ -101,6 +101,7 @@ class Executor:
             parsed = parse_shard_name(info.path)
             if parsed is not None and (parsed[0], parsed[2]) == (io.prefix, io.num_shards):
                 self._store.delete(info.path)
+        self._store.delete(graph_name(io.prefix))
         if io.attempt:
             self._store.delete(timeline_path(io.attempt))
 

@@ -64,7 +64,9 @@ def live_checkpoints(store: Store) -> list[Checkpoint]:
 
 
 def _derived(head: LogRecord) -> StateFile:
-    current = [checkpoint for checkpoint in head.live if not checkpoint.superseded]
+    usable = [checkpoint for checkpoint in head.live if not checkpoint.superseded]
+    # Preserved ones are left out as `tf.train.CheckpointManager` does; something must be there to restore, though.
+    current = [checkpoint for checkpoint in usable if not checkpoint.preserved or checkpoint is usable[-1]]
     return StateFile(
         current[-1].prefix if current else None,
         tuple(checkpoint.prefix for checkpoint in current),

@@ -98,8 +98,9 @@ class DeleteIndex(Io):
 
 @dataclass(frozen=True, slots=True)
 class DeleteData(Io):
-    """Remove the data shards of a prefix that are some of ``num_shards``, and the save's timeline; result: ignored.
+    """Remove what belongs to a prefix beside its index; result: ignored.
 
+    These are the data shards that are some of ``num_shards``, the graph (``.meta``) and the save's timeline.
     Files of another number of shards are not ours: TensorFlow may have written them beside.
     """
 

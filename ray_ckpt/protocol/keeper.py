@@ -2,7 +2,8 @@
 
 A checkpoint dies in this order: a delete record in the log, its index, after a grace its data, its claim, a record that
 it is gone. A reader's pin holds it after the first step. Before each, the `checkpoint` file is read again; what it
-names is not touched. What attempts left behind that never committed is found by their claims.
+names is not touched. What is to be kept for good instead is marked in the log. What attempts left behind that never
+committed is found by their claims.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Generator
 from dataclasses import replace
 from typing import Any
 
-from ray_ckpt.policy import victims
+from ray_ckpt.policy import Retired, retire
 from ray_ckpt.protocol.flows import (
     DeleteClaim,
     DeleteData,
@@ -62,8 +63,8 @@ class Keeper:
         self._grace_s = config.delete_grace_s if config else DELETE_GRACE_S
         if config is not None and head.sequence != self._judged:
             self._judged = head.sequence
-            if self._choose(head, config, protected):
-                self._ledger.submit(lambda now: self._delete_record(now, config, protected), lambda _: None)
+            if any(self._choose(head, config, protected)):
+                self._ledger.submit(lambda now: self._delete_record(head, now, config, protected), lambda _: None)
         for dying in head.dying:
             if dying.checkpoint.prefix not in self._burying:
                 self._burying.add(dying.checkpoint.prefix)
@@ -73,22 +74,30 @@ class Keeper:
             self._flows.start(self._sweep())
 
     @staticmethod
-    def _choose(head: LogRecord, config: JobConfig, protected: frozenset[str]) -> list[Any]:
-        return victims(
+    def _choose(head: LogRecord, config: JobConfig, protected: frozenset[str]) -> Retired:
+        present = head.generation.number if head.generation else 0
+        return retire(
             head.live,
             max_to_keep=config.max_to_keep,
             keep_every_steps=config.keep_every_steps,
             keep_every_hours=config.keep_every_hours,
+            hours_from=config.keep_hours_from,
+            first_generation=present if config.keep_before == 0 else config.keep_before or 0,
             protected=protected,
         )
 
-    def _delete_record(self, head: LogRecord, config: JobConfig, protected: frozenset[str]) -> LogRecord | None:
-        gone = self._choose(head, config, protected)
-        if not gone:
+    def _delete_record(
+        self, judged: LogRecord, head: LogRecord, config: JobConfig, protected: frozenset[str]
+    ) -> LogRecord | None:
+        if head.generation != judged.generation:
+            # The settings are those of a start that is over.
+            return None
+        gone, preserved = self._choose(head, config, protected)
+        if not gone and not preserved:
             return None
         return self._ledger.next_record(
             "delete",
-            live=tuple(c for c in head.live if c not in gone),
+            live=tuple(replace(c, preserved=c.preserved or c in preserved) for c in head.live if c not in gone),
             dying=(*head.dying, *(Dying(c, self._ledger.now) for c in gone)),
         )
 

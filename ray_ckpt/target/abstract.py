@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from ray_ckpt.errors import StateError
-from ray_ckpt.leaves import PerWorker, Slice
+from ray_ckpt.leaves import PerWorker, Slice, Slices
 from ray_ckpt.restore import StoredCheckpoint
 from ray_ckpt.target.match import bare, is_placeholder, stored_rule
 from ray_ckpt.target.structure import StoredNames, foreign_containers, leaf_names, stored_tree
@@ -104,8 +104,8 @@ def _traced(jax: Any, make: Callable[[], Any]) -> Any:
     def arrays() -> dict[str, Any]:
         state = make()
         made.append(state)
-        leaves = named_leaves(state).items()
-        return {name: bare(leaf) for name, leaf in leaves if isinstance(bare(leaf), jax.core.Tracer)}
+        found = {name: _arrays_of(leaf) for name, leaf in named_leaves(state).items()}
+        return {name: values for name, values in found.items() if isinstance(values[0], jax.core.Tracer)}
 
     abstract = jax.eval_shape(arrays)
     state = made[-1]
@@ -115,13 +115,20 @@ def _traced(jax: Any, make: Callable[[], Any]) -> Any:
     return unflatten(state, values)
 
 
-def _marked(like: Any, value: Any) -> Any:
-    """The value inside the markers of ``like``."""
+def _arrays_of(leaf: Any) -> list[Any]:
+    """The leaf without its markers: one array, or those of the parts of a `Slices`."""
+    if isinstance(leaf, PerWorker):
+        return _arrays_of(leaf.value)
+    return [part.array for part in leaf.parts] if isinstance(leaf, Slices) else [bare(leaf)]
+
+
+def _marked(like: Any, values: list[Any]) -> Any:
+    """The arrays inside the markers of ``like``."""
     if isinstance(like, PerWorker):
-        return replace(like, value=_marked(like.value, value))
-    if isinstance(like, Slice):
-        return replace(like, array=value)
-    return value
+        return replace(like, value=_marked(like.value, values))
+    if isinstance(like, Slices):
+        return Slices(tuple(replace(part, array=array) for part, array in zip(like.parts, values, strict=True)))
+    return replace(like, array=values[0]) if isinstance(like, Slice) else values[0]
 
 
 def _check_placed(stored: StoredCheckpoint, target: Any) -> None:

@@ -44,6 +44,18 @@ def test_the_newest_is_the_last_commit_that_is_not_superseded(store: Store) -> N
     assert newest(store) == "model.ckpt-6"
 
 
+def test_preserved_ones_are_not_named_but_for_the_only_one_to_restore(store: Store) -> None:
+    kept = dataclasses.replace(checkpoint(1), preserved=True)
+    append(store, record(1, kept, checkpoint(2), checkpoint(3)))
+    repair_state_file(store)
+    assert parse_state_file(store.read(STATE_FILE)).all_paths == ("model.ckpt-2", "model.ckpt-3")
+    assert [c.step for c in live_checkpoints(store)] == [1, 2, 3]
+    append(store, record(2, kept, checkpoint(2, superseded=True), checkpoint(3, superseded=True)))
+    repair_state_file(store)
+    assert parse_state_file(store.read(STATE_FILE)).all_paths == ("model.ckpt-1",)
+    assert newest(store) == "model.ckpt-1"
+
+
 def test_nothing_current_is_said_to_be_nothing(store: Store) -> None:
     fill(store, 1, 1)
     repair_state_file(store)

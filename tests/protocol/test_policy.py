@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_ckpt.policy import align, crosses, first_crossing, victims
+from ray_ckpt.policy import align, crosses, first_crossing, retire
 from ray_ckpt.types import Checkpoint
 
 
@@ -52,8 +53,9 @@ def test_first_crossing_is_the_first_due_step_from_there(seen: int, ahead: int, 
 
 
 def _checkpoints(flags: list[tuple[bool, bool]]) -> list[Checkpoint]:
+    """One every ten minutes; every third is of the next generation."""
     return [
-        Checkpoint(10 * i, f"p{i}", f"a{i}", 1, 600.0 * i, 1, 1, 1, superseded=superseded, foreign=foreign)
+        Checkpoint(10 * i, f"p{i}", f"a{i}", 1 + i // 3, 600.0 * i, 1, 1, 1, superseded=superseded, foreign=foreign)
         for i, (superseded, foreign) in enumerate(flags)
     ]
 
@@ -64,6 +66,8 @@ keeps = st.fixed_dictionaries(
         "max_to_keep": st.integers(1, 5),
         "keep_every_steps": st.none() | st.integers(1, 50),
         "keep_every_hours": st.none() | st.floats(0.01, 2.0),
+        "hours_from": st.none() | st.floats(0.0, 7200.0),
+        "first_generation": st.integers(0, 4),
         "protected": st.frozensets(st.integers(0, 11).map("p{}".format), max_size=2),
     }
 )
@@ -71,33 +75,73 @@ keeps = st.fixed_dictionaries(
 
 @given(lives, keeps)
 def test_what_must_stay_is_never_chosen(live: list[Checkpoint], keep: dict) -> None:
-    chosen = victims(live, **keep)
+    deleted, preserved = retire(live, **keep)
+    chosen = [*deleted, *preserved]
     usable = [c for c in live if not c.superseded and not c.foreign]
     assert not any(c.foreign or c.prefix in keep["protected"] for c in chosen)
+    assert not any(c.generation < keep["first_generation"] for c in chosen)
     assert usable[-1:] == [] or usable[-1] not in chosen
     every = keep["keep_every_steps"]
     assert not any(every and c.step % every == 0 and not c.superseded for c in chosen)
+    assert not any(c.superseded for c in preserved)
 
 
 @given(lives, keeps)
 def test_superseded_ones_go_first_and_then_the_oldest(live: list[Checkpoint], keep: dict) -> None:
-    chosen = victims(live, **keep)
-    order = [(not c.superseded, c.step) for c in chosen]
+    order = [(not c.superseded, c.step) for c in retire(live, **keep).deleted]
     assert order == sorted(order)
 
 
 @given(lives, st.integers(1, 5))
 def test_no_more_than_asked_for_stay_where_all_may_go(live: list[Checkpoint], max_to_keep: int) -> None:
     own = [c for c in live if not c.foreign]
-    left = len(own) - len(victims(live, max_to_keep=max_to_keep))
+    left = len(own) - len(retire(live, max_to_keep=max_to_keep).deleted)
     assert left == min(len(own), max_to_keep) or left == max_to_keep
 
 
-def test_without_a_limit_nothing_is_deleted() -> None:
-    assert victims(_checkpoints([(True, False)] * 9), max_to_keep=None) == []
+@given(lives, st.integers(1, 4), st.integers(1, 5))
+def test_older_generations_are_neither_counted_nor_deleted(live: list[Checkpoint], first: int, most: int) -> None:
+    mine = [c for c in live if c.generation >= first]
+    deleted = retire(live, max_to_keep=most, first_generation=first).deleted
+    assert deleted == retire(mine, max_to_keep=most).deleted
+    assert set(deleted) <= set(mine)
 
 
-def test_the_first_of_each_span_of_time_stays_beside_the_newest_of_the_others() -> None:
-    live = _checkpoints([(False, False)] * 10)  # one every ten minutes
-    chosen = victims(live, max_to_keep=1, keep_every_hours=0.5)
-    assert [c.step for c in live if c not in chosen] == [0, 30, 60, 80, 90]
+def test_without_a_limit_nothing_is_deleted_or_preserved() -> None:
+    live = _checkpoints([(True, False)] * 4 + [(False, False)] * 5)
+    assert retire(live, max_to_keep=None, keep_every_hours=0.1) == ([], [])
+
+
+def _simulated(every: float | None, hours_from: float | None, count: int = 10) -> tuple[list[int], list[int]]:
+    """Steps that stay and steps that are preserved of a run that saves every ten minutes and keeps one."""
+    live: list[Checkpoint] = []
+    for new in _checkpoints([(False, False)] * count):
+        live.append(new)
+        deleted, preserved = retire(live, max_to_keep=1, keep_every_hours=every, hours_from=hours_from)
+        live = [replace(c, preserved=c.preserved or c in preserved) for c in live if c not in deleted]
+    return [c.step for c in live], [c.step for c in live if c.preserved]
+
+
+@pytest.mark.parametrize(
+    ("every", "hours_from", "preserved"),
+    [
+        (None, None, []),
+        (0.5, None, [0, 30, 60]),
+        (0.5, 0.0, [30, 60]),
+        (0.5, 600.0, [40, 70]),
+        (0.5, 601.0, [50, 80]),
+        (9.0, 0.0, []),
+    ],
+)
+def test_one_of_each_span_of_time_is_preserved_and_not_counted(
+    every: float | None, hours_from: float | None, preserved: list[int]
+) -> None:
+    assert _simulated(every, hours_from) == ([*preserved, 90], preserved)
+
+
+def test_what_was_preserved_before_is_where_the_next_span_begins() -> None:
+    live = _checkpoints([(False, False)] * 6)
+    live[2] = replace(live[2], preserved=True)
+    deleted, preserved = retire(live, max_to_keep=1, keep_every_hours=0.25, hours_from=0.0)
+    assert [c.step for c in preserved] == [40]
+    assert [c.step for c in deleted] == [0, 10, 30]

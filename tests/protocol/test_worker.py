@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from ray_ckpt.errors import UsageError
@@ -128,3 +130,59 @@ def test_who_has_finished_accepts_nothing_more() -> None:
     view(logic, proposals=(Proposal("a", 9), Proposal("b", 12)))
     assert logic.report().accepted == ()
     assert logic.report().refused == ("a", "b")
+
+
+def test_a_loop_that_tells_only_a_bound_accepts_nothing_up_to_it() -> None:
+    logic = worker()
+    assert not logic.reached(10)
+    view(logic, proposals=(Proposal("late", 10), Proposal("early", 11)))
+    report = logic.report()
+    assert ([p.id for p in report.accepted], report.refused) == (["early"], ("late",))
+    assert (report.step, report.bound, report.reached) == (-1, 10, 10)
+
+
+def test_a_bound_asks_for_real_steps_while_one_is_agreed_on() -> None:
+    logic = worker()
+    assert not logic.reached(2)
+    view(logic, proposals=(Proposal("p", 4),))
+    assert logic.reached(3)
+    assert logic.arrive(2) is None
+    assert logic.reached(4)
+    assert logic.arrive(3) is None
+    due = logic.arrive(4)
+    assert due is not None
+    assert (due.step, due.snapshot) == (4, "proposal")
+    logic.snapshotted(4, "proposal")
+    assert not logic.reached(5)
+
+
+def test_a_bound_asks_for_no_more_steps_once_the_proposal_is_dropped() -> None:
+    logic = worker()
+    view(logic, proposals=(Proposal("p", 4),))
+    assert logic.reached(1)
+    view(logic, proposals=(Proposal("p", 4, state="dropped"),))
+    assert not logic.reached(2)
+
+
+def test_a_bound_does_not_fall_and_real_steps_may_lie_below_it() -> None:
+    logic = worker(save_steps=4)
+    logic.reached(9)
+    logic.reached(5)
+    assert logic.report().bound == 9
+    assert logic.arrive(3) is None
+    due = logic.arrive(4)
+    assert due is not None
+    assert due.snapshot == "cadence"
+    assert logic.report().step == 4
+
+
+def test_a_bound_asks_for_a_stop_that_all_have_agreed_on() -> None:
+    logic = worker()
+    stop = Proposal("s", 3, "stop")
+    view(logic, proposals=(stop,))
+    view(logic, proposals=(replace(stop, state="decided"),))
+    assert logic.reached(2)
+    due = logic.arrive(3)
+    assert due is not None
+    assert due.stop is not None
+    assert logic.stop_state(due.stop) == "decided"
