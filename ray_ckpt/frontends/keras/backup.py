@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import keras
 
-from ray_ckpt.checkpointer import Checkpointer
 from ray_ckpt.errors import UsageError
 from ray_ckpt.frontends.keras import state
 from ray_ckpt.frontends.keras.randomness import plain, random_state, set_random_state
-from ray_ckpt.frontends.keras.runs import as_url, check_frequency, check_settings, close_run, leave_run, open_run
+from ray_ckpt.frontends.keras.runs import Run, as_url, check_frequency, check_settings, close_run, leave_run, open_run
 from ray_ckpt.frontends.keras.skip import Skip, skipping
 from ray_ckpt.leaves import PerWorker
+from ray_ckpt.restore import StoredCheckpoint
+from ray_ckpt.target import read_state
 from ray_ckpt.tree import Named
 
 _WORKER = "keras/worker"
@@ -99,7 +101,7 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]
         self.stream = stream
         self._keep = 2 if double_checkpoint else 1
         self._settings = settings
-        self._ckpt: Checkpointer | None = None
+        self._ckpt: Run | None = None
         self._at = _Position()
         self._record = _Record()
         self._metrics: dict[str, Any] = {}
@@ -119,40 +121,38 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]
         try:
             self._restore(model)
         except BaseException:
-            leave_run(self._ckpt.url)
+            leave_run(self._ckpt)
             raise
 
     def _restore(self, model: Any) -> None:
-        ckpt = self._running
-        found = state.peek(self.directory_url, state.TRAINING, self._settings.get("storage_options"))
+        found = self._running.restore_by(lambda stored: self._read(model, stored))
         if found is None:
-            ckpt.restore(state.values(state.variables(model)))
             return
-        if found["finished"]:
-            ckpt.adopt(found["at"]["step"])
-            self._at.step = found["at"]["step"]
+        training, restored = found
+        self._at = _Position(**training["at"])
+        if training["finished"]:
             return
-        named = state.variables(model)
-        like = Named(
-            {
-                **state.values(named),
-                **state.blanks(found["metrics"]),
-                state.TRAINING: "",
-                _WORKER: PerWorker("", on_resize="first"),
-            }
-        )
-        names = state.renamed(list(named), found["variables"])
-        restored = ckpt.restore(like, rename=names or None, missing="error")
-        state.assign(named, restored)
-        found = json.loads(restored[state.TRAINING])
-        self._at = _Position(**found["at"])
+        state.assign(state.variables(model), restored)
         self._record = _Record(**json.loads(restored[_WORKER].value))
-        self._metrics = {name: restored[name] for name, _, _ in found["metrics"]}
+        self._metrics = {name: restored[name] for name, _, _ in training["metrics"]}
         self._resume = True
         model._initial_epoch = self._at.epoch
 
+    def _read(self, model: Any, stored: StoredCheckpoint) -> Callable[[], Any]:
+        training = state.described(stored, state.TRAINING)
+        if training["finished"]:
+            return lambda: (training, None)
+        named = state.variables(model)
+        # The metrics have no variables yet.
+        like = {**state.values(named), **state.blanks(training["metrics"])}
+        like |= {state.TRAINING: "", _WORKER: PerWorker("", on_resize="first")}
+        rename = state.renamed(list(named), training["variables"]) or None
+        rank, world_size = self._running.rank, self._running.world_size
+        build = read_state(stored, Named(like), rank=rank, world_size=world_size, rename=rename)
+        return lambda: (training, build())
+
     @property
-    def _running(self) -> Checkpointer:
+    def _running(self) -> Run:
         if self._ckpt is None:
             raise UsageError("BackupAndRestore works within fit() only")
         return self._ckpt
@@ -298,4 +298,5 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]
 
     def _finished(self) -> Named:
         """A checkpoint that says that there is nothing to resume; retention removes those before it."""
-        return Named({state.TRAINING: json.dumps({"finished": True, "at": {"step": self._at.step}, "variables": []})})
+        at = {"step": self._at.step}
+        return Named({state.TRAINING: json.dumps({"finished": True, "at": at, "variables": [], "metrics": []})})

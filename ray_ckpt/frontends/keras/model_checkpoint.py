@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any, Literal
 
@@ -11,10 +11,10 @@ import keras
 import numpy as np
 
 from ray_ckpt.catalog import checkpoints
-from ray_ckpt.checkpointer import Checkpointer
 from ray_ckpt.frontends.keras import state
-from ray_ckpt.frontends.keras.runs import as_url, check_frequency, check_settings, finish_run, leave_run, open_run
+from ray_ckpt.frontends.keras.runs import Run, as_url, check_frequency, check_settings, finish_run, leave_run, open_run
 from ray_ckpt.frontends.keras.skip import skipping
+from ray_ckpt.restore import StoredCheckpoint
 from ray_ckpt.tree import Named
 
 
@@ -85,10 +85,10 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]
         self._max_to_keep = max_to_keep
         self._settings = settings
         self._fit: Any = None
-        self._ckpt: Checkpointer | None = None
-        self._best_ckpt: Checkpointer | None = None
+        self._ckpt: Run | None = None
+        self._best_ckpt: Run | None = None
         self._step = 0
-        self._last_best: tuple[Checkpointer, int, Any, int | None] | None = None
+        self._last_best: tuple[Run, int, Any, int | None] | None = None
         self.best_step: int | None = None
 
     @property
@@ -181,16 +181,19 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]
         if found["monitor"] == self.monitor and found["best"] is not None:
             self.best, self.best_step = found["best"], found["best_step"]
 
-    def _open_run(self, url: str, max_to_keep: int | None) -> tuple[Checkpointer, dict[str, Any] | None]:
+    def _open_run(self, url: str, max_to_keep: int | None) -> tuple[Run, dict[str, Any] | None]:
         """A start that goes on from the newest checkpoint of the directory, and what that says of the best."""
-        found = state.peek(url, state.MONITOR, self._storage_options)
-        ckpt = open_run(url, self.params, max_to_keep=max_to_keep, **self._settings)
+        run = open_run(url, self.params, max_to_keep=max_to_keep, **self._settings)
         try:
-            ckpt.adopt(None if found is None else found["step"])
+            return run, run.restore_by(self._read)
         except BaseException:
-            leave_run(ckpt.url)
+            leave_run(run)
             raise
-        return ckpt, found
+
+    @staticmethod
+    def _read(stored: StoredCheckpoint) -> Callable[[], Any]:
+        found = state.described(stored, state.MONITOR)
+        return lambda: found
 
     @property
     def _storage_options(self) -> Mapping[str, Any] | None:

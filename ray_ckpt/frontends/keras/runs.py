@@ -10,20 +10,38 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray_ckpt.catalog import open_for_reading
-from ray_ckpt.checkpointer import Checkpointer
+from ray_ckpt.checkpointer import Checkpointer, restoring
+from ray_ckpt.checkpointer.restoring import Read
 from ray_ckpt.errors import SaveError, UsageError
+from ray_ckpt.protocol.messages import RestoreWish
+
+
+class Run(Checkpointer):
+    """A `Checkpointer` whose restore is told what to read by the checkpoint itself."""
+
+    def restore_by(self, read: Read) -> Any:
+        """What ``read`` makes of the newest checkpoint, on all workers the same one; None if there is none.
+
+        Raises:
+            CheckpointError, UnavailableError: as `restore`, and whatever ``read`` raises.
+        """
+        self._check_open()
+        _, value = restoring.restore(self._link, self._store, RestoreWish("newest"), read, self._start_timeout_s)
+        # The structure of the state is known with the first save.
+        self._ready = True
+        return value
 
 
 @dataclass(frozen=True, slots=True)
 class _Open:
-    checkpointer: Checkpointer
+    run: Run
     fit: Any
 
 
 _open: dict[str, _Open] = {}
 
 
-def open_run(url: str, fit: Any, **settings: Any) -> Checkpointer:
+def open_run(url: str, fit: Any, **settings: Any) -> Run:
     """A new start of the run in this directory. ``fit``: an object that all callbacks of one `fit` share.
 
     What an earlier `fit` left open in this process is left now: its snapshots are still saved, and this start waits
@@ -35,41 +53,41 @@ def open_run(url: str, fit: Any, **settings: Any) -> Checkpointer:
     """
     place = open_for_reading(url, settings.get("storage_options")).url
     before = _open.get(place)
-    if before is not None and before.fit is fit:
-        raise UsageError(f"two callbacks of one fit() save to {place}: give each a directory of its own")
-    leave_run(place)
-    checkpointer = Checkpointer(url, **settings)
-    _open[place] = _Open(checkpointer, fit)
-    return checkpointer
+    if before is not None:
+        if before.fit is fit:
+            raise UsageError(f"two callbacks of one fit() save to {place}: give each a directory of its own")
+        leave_run(before.run)
+    run = Run(url, **settings)
+    _open[place] = _Open(run, fit)
+    return run
 
 
-def close_run(checkpointer: Checkpointer) -> None:
+def close_run(run: Run) -> None:
     """Wait for all saves, then leave. Raises what `Checkpointer.close` does."""
-    _open.pop(checkpointer.url, None)
-    checkpointer.close()
+    _open.pop(run.url, None)
+    run.close()
 
 
-def finish_run(checkpointer: Checkpointer, step: int) -> None:
+def finish_run(run: Run, step: int) -> None:
     """Wait for all saves, then leave, for a caller whose state has changed since the last one.
 
     Raises:
         SaveError: the save of ``step`` failed; those before it were warned about.
     """
     try:
-        checkpointer.wait()
+        run.wait()
     except SaveError:
-        outcome = checkpointer.outcome(step)
+        outcome = run.outcome(step)
         if outcome is not None and outcome.state == "failed":
             raise
     finally:
-        leave_run(checkpointer.url)
+        leave_run(run)
 
 
-def leave_run(place: str) -> None:
+def leave_run(run: Run) -> None:
     """Leave without a last save."""
-    before = _open.pop(place, None)
-    if before is not None:
-        before.checkpointer.__exit__(GeneratorExit, None, None)
+    _open.pop(run.url, None)
+    run.__exit__(GeneratorExit, None, None)
 
 
 def check_settings(callback: str, settings: dict[str, Any], owned: tuple[str, ...]) -> None:

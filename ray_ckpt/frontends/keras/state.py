@@ -95,21 +95,13 @@ def renamed(own: Sequence[str], stored: Sequence[str]) -> dict[str, str]:
     return dict(pairs) if all(_COUNTER.sub("", a) == _COUNTER.sub("", b) for a, b in pairs) else {}
 
 
-def peek(url: str, leaf: str, storage_options: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The JSON of this leaf in the newest sound checkpoint; None if there is no checkpoint.
+def described(stored: StoredCheckpoint, leaf: str) -> dict[str, Any]:
+    """The JSON of this leaf.
 
     Raises:
-        UsageError: the checkpoint has no such leaf.
-        CheckpointError, StorageError: it cannot be read.
+        UsageError: the checkpoint is of another writer.
+        DamagedError, StorageError: it cannot be read.
     """
-    store = open_for_reading(url, storage_options)
-    try:
-        return with_checkpoint(store, None, lambda stored: _json(stored, leaf))
-    except NoCheckpointError:
-        return None
-
-
-def _json(stored: StoredCheckpoint, leaf: str) -> dict[str, Any]:
     if leaf not in stored.names:
         writer = "ModelCheckpoint" if leaf == MONITOR else "BackupAndRestore"
         raise UsageError(f"{stored.where} was not saved by {writer}: give each callback a directory of its own")
@@ -146,7 +138,7 @@ def load_variables(
 
 def _arrays(stored: StoredCheckpoint, named: Mapping[str, Any]) -> dict[str, Any]:
     """The stored arrays by the names of the model's variables."""
-    names = _json(stored, MONITOR if MONITOR in stored.names else TRAINING)["variables"]
+    names = described(stored, MONITOR if MONITOR in stored.names else TRAINING)["variables"]
     if not set(names) <= set(stored.names):
         raise NoCheckpointError(f"{stored.where} is of a training that has ended: its variables were given up")
     by_name = renamed(list(named), names)
