@@ -12,6 +12,7 @@ from typing import Any
 
 from ray_ckpt.checkpointer import Checkpointer
 from ray_ckpt.errors import SaveError, StateError, UsageError
+from ray_ckpt.frontends.tensorflow.fetch import Fetch
 from ray_ckpt.frontends.tensorflow.saver_graph import SaverTensors
 from ray_ckpt.protocol.messages import SaveOutcome
 from ray_ckpt.tree import Named
@@ -67,7 +68,7 @@ class SessionSaves:
         self._tensors = SaverTensors.of(saver.saver_def, session.graph)
         if self._tensors.is_empty:
             raise UsageError("the saver has no variables to save: give the hook one that has, or make some variables")
-        self._fetches = [step_tensor, *self._tensors.fetches]
+        self._fetch = Fetch(session, [step_tensor, *self._tensors.fetches])
         self._place = place
         self._pending: deque[Taken] = deque()
         self._open(int(session.run(step_tensor)))
@@ -147,7 +148,7 @@ class SessionSaves:
 
     def _read(self, step: Any) -> tuple[Any, Named]:
         """The values, and the step that they are of: another one than ``step`` where other processes train them."""
-        found, *values = self.session.run(self._fetches)
+        found, *values = self._fetch()
         if found != step and self.job.world_size > 1:
             raise StateError(
                 f"the global step went from {step} to {found} while a save of step {step} began: nothing that is run"

@@ -1,0 +1,104 @@
+"""Values that are fetched where they lie are those of `session.run`, errors too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from ray_ckpt.frontends.tensorflow import fetch
+from ray_ckpt.frontends.tensorflow.fetch import Fetch
+from ray_ckpt.frontends.tensorflow.saver_graph import SaverTensors
+from tests.frontends.graphs import mixed
+
+tf1 = tf.compat.v1
+
+
+@pytest.fixture
+def session() -> Iterator[Any]:
+    with tf.Graph().as_default(), tf1.Session() as session:
+        yield session
+
+
+@pytest.fixture(params=[True, False], ids=["direct", "by run"])
+def is_direct(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    if not request.param:
+        monkeypatch.setattr(fetch, "_api", lambda: None)
+    return bool(request.param)
+
+
+def test_all_kinds_of_variables(session: Any, is_direct: bool) -> None:
+    start = mixed(2.0)
+    tensors = SaverTensors.of(tf1.train.Saver().saver_def, session.graph).fetches
+    session.run(start)
+    expected = session.run(tensors)
+    for tensor, value, like in zip(tensors, Fetch(session, tensors)(), expected, strict=True):
+        if "lookup" in tensor.name:
+            value, like = sorted(value), sorted(like)
+        assert type(value) is type(like)
+        assert np.asarray(value).dtype == np.asarray(like).dtype
+        np.testing.assert_array_equal(value, like, err_msg=tensor.name)
+
+
+@pytest.mark.parametrize("use_resource", [True, False])
+def test_nothing_is_copied(session: Any, use_resource: bool) -> None:
+    tf1.get_variable("v", initializer=np.arange(1000.0), use_resource=use_resource)
+    tensors = SaverTensors.of(tf1.train.Saver().saver_def, session.graph).fetches
+    session.run(tf1.global_variables_initializer())
+    values = Fetch(session, tensors)
+    (first,), (second,) = values(), values()
+    assert first.ctypes.data == second.ctypes.data
+    assert not first.flags.writeable
+
+
+def test_an_array_outlives_its_session_and_the_next_update() -> None:
+    with tf.Graph().as_default(), tf1.Session() as session:
+        variable = tf1.get_variable("v", initializer=np.arange(1000.0), use_resource=True)
+        more = variable.assign_add(np.ones(1000))
+        session.run(tf1.global_variables_initializer())
+        read = variable.read_value()
+        values = Fetch(session, [read])
+        (before,) = values()
+        session.run(more)
+        (after,) = values()
+    np.testing.assert_array_equal(before, np.arange(1000.0))
+    np.testing.assert_array_equal(after, np.arange(1000.0) + 1)
+
+
+def test_what_was_added_to_the_graph_since(session: Any, is_direct: bool) -> None:
+    first = tf.constant(1.0)
+    assert Fetch(session, [first])() == [1.0]
+    assert Fetch(session, [first, first + 1])() == [1.0, 2.0]
+
+
+def test_errors_are_those_of_run(session: Any, is_direct: bool) -> None:
+    variable = tf1.get_variable("v", initializer=1.0)
+    values = Fetch(session, [variable.read_value()])
+    with pytest.raises(tf.errors.FailedPreconditionError):
+        values()
+    session.close()
+    with pytest.raises(RuntimeError, match="closed Session"):
+        values()
+
+
+def test_a_session_of_another_class_is_run_by_its_own_method() -> None:
+    class Counting(tf1.Session):  # type: ignore[misc, name-defined]
+        runs = 0
+
+        def run(self, *arguments: Any, **options: Any) -> Any:
+            self.runs += 1
+            return super().run(*arguments, **options)
+
+    with tf.Graph().as_default(), Counting() as session:
+        assert Fetch(session, [tf.constant(1.0)])() == [1.0]
+        assert session.runs == 1
+
+
+def test_an_object_of_another_type_has_no_pointer(session: Any) -> None:
+    op = tf.constant(1.0).op._c_op
+    assert fetch._pointer(op, b"12TF_Operation")
+    assert fetch._pointer(op, b"10TF_Session") is None
+    assert fetch._pointer(object(), b"10TF_Session") is None
