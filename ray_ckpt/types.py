@@ -63,8 +63,8 @@ class LeafSpec:
 
     ``dtype`` is a name of `bundle.dtypes` ("float32", "bfloat16", "string", ...). ``boxes`` are
     this rank's parts, without repeats. ``kind`` says what the leaf was in the user's state
-    ("numpy", "jax", "tf", "torch", "int", "float", "bool", "str", "bytes"), so that a restore without
-    a target can give the same back.
+    ("numpy", "jax", "tf", "torch", "variant", "int", "float", "bool", "str", "bytes"), so that a restore without
+    a target can give the same back. A variant has the shape () here, whatever it is when it is saved.
     """
 
     name: str
@@ -257,8 +257,8 @@ class LogRecord:
 
     claim: coordinator ``epoch`` took the directory over; seal: a generation got its restore step;
     commit, abort: the save of ``attempt`` at ``step`` was decided; delete: entries moved from
-    ``live`` to ``dying``, were marked as preserved, or left ``dying`` for good. ``live`` is in commit order, newest last.
-    ``high_water`` is the largest step ever decided: a prefix ``model.ckpt-S`` with
+    ``live`` to ``dying``, were marked as preserved, or left ``dying`` for good. ``live`` is in commit order, newest
+    last. ``high_water`` is the largest step ever decided: a prefix ``model.ckpt-S`` with
     S <= high_water is never claimed again.
     """
 

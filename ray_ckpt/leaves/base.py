@@ -74,7 +74,8 @@ class Slices:
 class Variants:
     """A leaf that is a TensorFlow variant tensor (a tf.data iterator's state), without TensorFlow.
 
-    ``values``: one serialized VariantTensorDataProto for each element of ``shape``, in C order.
+    ``values``: one serialized VariantTensorDataProto for each element of ``shape``, in C order. The shape may change
+    from save to save; as a target it stands for any shape.
 
     Raises `UsageError` for values that are not bytes or do not fill the shape.
     """

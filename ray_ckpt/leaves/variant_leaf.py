@@ -1,4 +1,8 @@
-"""TensorFlow's variant tensors as `Variants`: the serialized elements, in a host array of bytes."""
+"""TensorFlow's variant tensors as `Variants`: the serialized elements, in a host array of bytes.
+
+An iterator's state has more or fewer elements from save to save. Its form says nothing of them, so that it stays the
+same and no new plan is needed: it is written whole, by one rank, with the shape of that moment.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ray_ckpt.bundle import VARIANT
-from ray_ckpt.leaves.base import Array, Form, Parts, Variants, Wanted, cut, sole, whole
+from ray_ckpt.leaves.base import Array, Form, Parts, Variants, Wanted, sole, whole
 from ray_ckpt.types import Box
 
 
@@ -17,14 +21,14 @@ def matches(value: Any) -> bool:
     return isinstance(value, Variants)
 
 
-def describe(_name: str, value: Any) -> Form:
-    """The tensor's form."""
-    return Form(VARIANT, value.shape, whole(value.shape), VARIANT)
+def describe(_name: str, _value: Any) -> Form:
+    """The form of all variant tensors."""
+    return Form(VARIANT, (), whole(()), VARIANT)
 
 
-def token(value: Any) -> Any:
-    """The shape."""
-    return VARIANT, value.shape
+def token(_value: Any) -> Any:
+    """The same for all."""
+    return VARIANT
 
 
 def start_transfer(value: Any, box: Box) -> None:
@@ -32,15 +36,15 @@ def start_transfer(value: Any, box: Box) -> None:
 
 
 def parts(value: Any, box: Box) -> Parts:
-    """An object array of bytes."""
+    """An object array of bytes, of the value's own shape."""
     array = np.empty(value.shape, object)
     array.reshape(-1)[:] = value.values
-    return [(box, cut(array, Box.whole(value.shape), box))]
+    return [(box, array)]
 
 
-def wanted(_name: str, like: Any) -> Wanted:
-    """The whole tensor."""
-    return Wanted(VARIANT, like.shape, whole(like.shape))
+def wanted(_name: str, _like: Any) -> Wanted:
+    """A tensor of any shape."""
+    return Wanted(VARIANT, (), whole(()))
 
 
 def build(_kind: str, _like: Any, pieces: Mapping[Box, Array]) -> Any:

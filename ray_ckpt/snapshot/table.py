@@ -51,6 +51,15 @@ class Entry(NamedTuple):
     crc: int | None
 
 
+class Place(NamedTuple):
+    """Where a copy without a fixed size lies, its crc32c, and the shape of what was copied."""
+
+    start: int
+    nbytes: int
+    crc: int
+    shape: Shape
+
+
 @dataclass(frozen=True, slots=True)
 class Table:
     """A sealed segment's contents.
@@ -87,18 +96,18 @@ def encode_table(
     save: SaveId,
     plan: RankPlan,
     layout: Layout,
-    strings: Sequence[tuple[int, int, int]],
+    strings: Sequence[Place],
     digests: Mapping[str, int],
 ) -> bytes:
-    """The table as JSON. ``strings`` has (start, nbytes, crc) of each copy without a fixed size, in order."""
+    """The table as JSON. ``strings`` are the copies without a fixed size, in order."""
     key = (plan.plan_id, plan.rank)
     fixed = _fixed_entries.get(key)
     if fixed is None:
-        rows = [_row(layout, i, plan, c.start, c.nbytes, None) for i, c in enumerate(plan.copies) if c.start >= 0]
+        rows = [_row(layout, i, plan, c.start, c.nbytes) for i, c in enumerate(plan.copies) if c.start >= 0]
         _fixed_entries.clear()
         fixed = _fixed_entries[key] = _dumps(rows)[1:-1]
     first = len(plan.copies) - len(strings)
-    variable = _dumps([_row(layout, first + i, plan, *place) for i, place in enumerate(strings)])[1:-1]
+    variable = _dumps([_variable_row(layout, first + i, plan, place) for i, place in enumerate(strings)])[1:-1]
     head = {
         "save": asdict(save),
         "writers": [[writer.first, writer.stop] for writer in plan.writers],
@@ -137,10 +146,20 @@ def decode_table(data: bytes) -> Table:
     )
 
 
-def _row(layout: Layout, index: int, plan: RankPlan, start: int, nbytes: int, crc: int | None) -> list[Any]:
+def _row(layout: Layout, index: int, plan: RankPlan, start: int, nbytes: int, crc: int | None = None) -> list[Any]:
     copy = plan.copies[index]
     leaf = layout.leaves[copy.leaf]
     return [leaf.name, leaf.dtype, leaf.shape, copy.box.offset, copy.box.shape, start, nbytes, crc]
+
+
+def _variable_row(layout: Layout, index: int, plan: RankPlan, place: Place) -> list[Any]:
+    copy = plan.copies[index]
+    if place.shape == copy.box.shape:
+        return _row(layout, index, plan, place.start, place.nbytes, place.crc)
+    # A variant: it is saved whole, in the shape that it has now.
+    leaf = layout.leaves[copy.leaf]
+    offset = [0] * len(place.shape)
+    return [leaf.name, leaf.dtype, place.shape, offset, place.shape, place.start, place.nbytes, place.crc]
 
 
 def _dumps(value: Any) -> bytes:

@@ -14,7 +14,7 @@ from ray_ckpt.bundle import crc32c, dtype_of, encode_objects, nbytes_of
 from ray_ckpt.errors import SaveError, StorageError
 from ray_ckpt.leaves import parts, read_box, start_transfers
 from ray_ckpt.snapshot.segment import Segment
-from ray_ckpt.snapshot.table import SaveId, encode_table
+from ray_ckpt.snapshot.table import Place, SaveId, encode_table
 from ray_ckpt.types import Box, Layout, LeafSpec, RankPlan, Shape
 
 _LARGE_NBYTES = 1 << 20
@@ -46,7 +46,7 @@ class SegmentTooSmallError(StorageError):
 def needed_nbytes(plan: RankPlan, layout: Layout, values: Sequence[Any]) -> int:
     """Size in bytes of the data region for this rank's share, strings as long as they are now."""
     strings = _encode_strings(plan, layout, values)
-    return plan.fixed_nbytes + sum(len(blob) for blob, _ in strings)
+    return plan.fixed_nbytes + sum(len(blob) for blob, _, _ in strings)
 
 
 def take_snapshot(
@@ -73,7 +73,7 @@ def take_snapshot(
         raise SaveError(f"step {save.step}: the plan is not that of this state and rank {save.rank}; plan again")
     start_transfers((values[copy.leaf], copy.box) for copy in plan.copies if copy.start >= 0)
     strings = _encode_strings(plan, layout, values)
-    needed = plan.fixed_nbytes + sum(len(blob) for blob, _ in strings)
+    needed = plan.fixed_nbytes + sum(len(blob) for blob, _, _ in strings)
     if needed > segment.data_nbytes:
         raise SegmentTooSmallError(segment, needed)
     with segment.fill(save):
@@ -132,21 +132,22 @@ def _chunks(into: _Array, source: _Array) -> Iterator[_Move]:
         yield into[start : start + rows], source[start : start + rows]
 
 
-def _encode_strings(plan: RankPlan, layout: Layout, values: Sequence[Any]) -> list[tuple[bytes, int]]:
-    """The bytes and crc of each copy without a fixed size, which all come last."""
-    return [
-        encode_objects(leaf.dtype, read_box(values[copy.leaf], leaf, copy.box), copy.box.shape)
-        for copy in plan.copies
-        if copy.start < 0
-        for leaf in (layout.leaves[copy.leaf],)
-    ]
+def _encode_strings(plan: RankPlan, layout: Layout, values: Sequence[Any]) -> list[tuple[bytes, int, Shape]]:
+    """The bytes, crc and shape of each copy without a fixed size, which all come last."""
+    found = []
+    for copy in plan.copies:
+        if copy.start < 0:
+            leaf = layout.leaves[copy.leaf]
+            array = read_box(values[copy.leaf], leaf, copy.box)
+            found.append((*encode_objects(leaf.dtype, array, array.shape), array.shape))
+    return found
 
 
-def _append_strings(segment: Segment, start: int, strings: Sequence[tuple[bytes, int]]) -> list[tuple[int, int, int]]:
+def _append_strings(segment: Segment, start: int, strings: Sequence[tuple[bytes, int, Shape]]) -> list[Place]:
     places = []
-    for blob, crc in strings:
+    for blob, crc, shape in strings:
         segment.data[start : start + len(blob)] = blob
-        places.append((start, len(blob), crc))
+        places.append(Place(start, len(blob), crc, shape))
         start += len(blob)
     return places
 
@@ -163,7 +164,8 @@ def _digest(value: Any, spec: LeafSpec, step: int | None) -> int:
     """crc32c of the leaf's elements, little-endian in C order: all, or the samples of a step."""
     whole = Box.whole(spec.shape)
     if nbytes_of(spec.dtype, 1) is None:
-        return encode_objects(spec.dtype, read_box(value, spec, whole), spec.shape)[1]
+        array = read_box(value, spec, whole)
+        return encode_objects(spec.dtype, array, array.shape)[1]
     dtype = dtype_of(spec.dtype)
     if step is None or whole.size * dtype.itemsize <= _SAMPLES * _SAMPLE_NBYTES:
         boxes = [whole]

@@ -159,6 +159,9 @@ class Matcher:
             want = Wanted(tensor.dtype, tensor.shape, (Box.whole(tensor.shape),))
         else:
             want = wanted(name, like)
+            if want.dtype == tensor.dtype == VARIANT:
+                # Its shape is a part of its value.
+                return Source(tensor, kind, like, (Box.whole(tensor.shape),))
             if want.dtype == tensor.dtype and want.shape == tensor.shape:
                 return Source(tensor, kind, like, want.boxes)
         found, expected = numpy_dtype(tensor.dtype), numpy_dtype(want.dtype)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from ray_ckpt.errors import DamagedError, MismatchError
-from ray_ckpt.leaves import Slice
+from ray_ckpt.errors import DamagedError, MismatchError, StateError
+from ray_ckpt.leaves import Slice, Slices
 from ray_ckpt.target import values as target_values
+from ray_ckpt.tree import Named
 from ray_ckpt.types import Box
 
 from ..restore.make import flip, grid, truncate
@@ -89,3 +92,58 @@ def test_no_memory_is_taken_for_what_a_cut_off_file_cannot_hold(monkeypatch: pyt
     monkeypatch.setattr(target_values, "_allocate", allocate)
     with pytest.raises(DamagedError, match="is truncated"):
         restore(stored, None)
+
+
+def several(boxes: Sequence[Box], values: Any = VALUES) -> Any:
+    """One rank's state: several boxes of each array."""
+    return {
+        name: Slices(tuple(Slice(array[box.slices].copy(), SHAPE, box.offset) for box in boxes))
+        for name, array in values.items()
+    }
+
+
+@pytest.mark.parametrize("after", [((0, 1, 2, 3),), ((0, 3), (1, 2)), ((2,), (3, 1, 0))])
+@pytest.mark.parametrize("before", [((0, 1, 2, 3),), ((0, 3), (1, 2)), ((1, 2, 0), (3,))])
+def test_several_boxes_on_each_rank(before: tuple[tuple[int, ...], ...], after: tuple[tuple[int, ...], ...]) -> None:
+    quarters = grid(SHAPE, (2, 2))
+    stored = save([several([quarters[i] for i in mine]) for mine in before])
+    for rank, mine in enumerate(after):
+        got = restore(stored, several([quarters[i] for i in mine], ZEROS), rank, len(after))
+        for name, whole in VALUES.items():
+            assert [part.offset for part in got[name].parts] == [quarters[i].offset for i in mine]
+            for part, i in zip(got[name].parts, mine, strict=True):
+                np.testing.assert_array_equal(part.array, whole[quarters[i].slices])
+    for name, array in restore(stored, None).items():
+        np.testing.assert_array_equal(array, VALUES[name])
+
+
+def test_tensorflow_reads_several_boxes_of_a_rank_as_one_tensor(tmp_path: Path) -> None:
+    tf = pytest.importorskip("tensorflow")
+    thirds = grid(SHAPE, (3, 1))
+    save([Named(several([thirds[0], thirds[2]])), Named(several([thirds[1]]))], tmp_path)
+    prefix = str(tmp_path / "model.ckpt-5")
+    for name, array in VALUES.items():
+        np.testing.assert_array_equal(tf.train.load_checkpoint(prefix).get_tensor(name), array)
+    (part,) = tf.raw_ops.RestoreV2(
+        prefix=prefix, tensor_names=["w"], shape_and_slices=["12 8 4,4:-"], dtypes=[tf.float32]
+    )
+    np.testing.assert_array_equal(part.numpy(), VALUES["w"][thirds[1].slices])
+
+
+def test_boxes_that_two_ranks_share_in_part_are_an_error() -> None:
+    with pytest.raises(StateError, match="overlap"):
+        save([several(grid(SHAPE, (2, 1))), several([Box((4, 0), (4, 8))])])
+
+
+def test_names_as_they_are_restore_into_any_state_of_the_same_names() -> None:
+    stored = save([Named({"layer/w": VALUES["w"], "step": 3})])
+    got = restore(stored, {"layer": {"w": ZEROS["w"]}, "step": 0})
+    np.testing.assert_array_equal(got["layer"]["w"], VALUES["w"])
+    back = restore(save([{"layer": {"w": VALUES["w"]}, "step": 3}]), Named({"layer/w": ZEROS["w"], "step": 0}))
+    assert type(back) is Named
+    np.testing.assert_array_equal(back["layer/w"], VALUES["w"])
+    whole = restore(stored, None)
+    assert type(whole) is Named
+    assert list(whole) == ["layer/w", "step"]
+    with pytest.raises(MismatchError, match="layer/b"):
+        restore(stored, Named({"layer/w": ZEROS["w"], "step": 0, "layer/b": 0}))

@@ -16,15 +16,14 @@ VALUE = Variants([b"a", b"", b"ccc", b"d"], (2, 2))
 
 def test_it_is_described_and_read_as_bytes() -> None:
     spec = describe("it", VALUE, 0, 1)
-    assert (spec.dtype, spec.shape, spec.boxes, spec.kind) == ("variant", (2, 2), (Box.whole((2, 2)),), "variant")
-    assert read_box(VALUE, spec, Box.whole((2, 2))).tolist() == [[b"a", b""], [b"ccc", b"d"]]
-    assert read_box(VALUE, spec, Box((1, 0), (1, 2))).tolist() == [[b"ccc", b"d"]]
+    assert (spec.dtype, spec.shape, spec.boxes, spec.kind) == ("variant", (), (Box.whole(()),), "variant")
+    assert read_box(VALUE, spec, Box.whole(())).tolist() == [[b"a", b""], [b"ccc", b"d"]]
 
 
-@pytest.mark.parametrize("like", [Variants([b""] * 4, (2, 2)), None])
+@pytest.mark.parametrize("like", [Variants([b""]), None])
 def test_it_comes_back(like: Any) -> None:
     if like is not None:
-        assert wanted("it", like) == ("variant", (2, 2), (Box.whole((2, 2)),))
+        assert wanted("it", like) == ("variant", (), (Box.whole(()),))
     array = np.array([[b"a", b""], [b"ccc", b"d"]], object)
     assert build("variant", like, {Box.whole((2, 2)): array}) == VALUE
 
@@ -35,9 +34,10 @@ def test_a_scalar_is_one_element() -> None:
     assert read_box(value, spec, Box.whole(())).item() == b"state"
 
 
-def test_tokens_tell_shapes_and_kinds_apart() -> None:
-    assert token(VALUE) == token(Variants([b"1", b"2", b"3", b"4"], (2, 2)))
-    assert token(VALUE) != token(Variants([b"1", b"2", b"3", b"4"], (4,)))
+def test_another_shape_needs_no_other_plan() -> None:
+    other = Variants([b"1", b"2"], (2,))
+    assert token(VALUE) == token(other) is not None
+    assert describe("it", VALUE, 0, 1) == describe("it", other, 0, 1)
 
 
 @pytest.mark.parametrize(
