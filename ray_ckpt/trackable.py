@@ -47,6 +47,17 @@ def is_trackable(state: Any) -> bool:
     return root is not None and isinstance(state, root)
 
 
+def check_kind(value: Any) -> None:
+    """Raise `StateError` for what is not a `tf.train.Checkpoint` itself."""
+    tf = _tensorflow()
+    if not isinstance(value, (tf.train.Checkpoint, tf.compat.v1.train.Checkpoint)):
+        kind = type(value)
+        raise StateError(
+            f"a {kind.__module__}.{kind.__qualname__} is saved inside a checkpoint: make"
+            " tf.train.Checkpoint(model=...) once, and pass that"
+        )
+
+
 def gather(checkpoint: Any, rank: int) -> Named:
     """What TensorFlow would save of a `tf.train.Checkpoint`, by key: variables, tensors, `Slices`, `Variants`.
 
@@ -60,8 +71,8 @@ def gather(checkpoint: Any, rank: int) -> Named:
         StateError: not a `tf.train.Checkpoint`, not executing eagerly, an object that cannot be saved, or a version of
             TensorFlow with another inside.
     """
+    check_kind(checkpoint)
     tf = _tensorflow()
-    _check_kind(tf, checkpoint)
     if not tf.executing_eagerly():
         raise StateError(
             "a tf.train.Checkpoint is saved while TensorFlow executes eagerly: call this outside of tf.function; for"
@@ -91,7 +102,7 @@ def reader(checkpoint: Any, *, partial: bool) -> Callable[[StoredCheckpoint], Ca
         MismatchError: when built: an object has nothing in the checkpoint, or a value of another shape or dtype.
         StorageError: the storage failed, or there is no room for a copy.
     """
-    _check_kind(_tensorflow(), checkpoint)
+    check_kind(checkpoint)
 
     def read(stored: StoredCheckpoint) -> Callable[[], Any]:
         files = _Files.of(stored)
@@ -107,16 +118,6 @@ def _tensorflow() -> Any:
     import tensorflow as tf
 
     return tf
-
-
-def _check_kind(tf: Any, value: Any) -> None:
-    """Raise `StateError` for an object that is not a checkpoint itself."""
-    if not isinstance(value, (tf.train.Checkpoint, tf.compat.v1.train.Checkpoint)):
-        kind = type(value)
-        raise StateError(
-            f"a {kind.__module__}.{kind.__qualname__} is saved inside a checkpoint: make"
-            " tf.train.Checkpoint(model=...) once, and pass that"
-        )
 
 
 def _serialized(tf: Any, checkpoint: Any) -> Mapping[Any, Mapping[str, Any]]:

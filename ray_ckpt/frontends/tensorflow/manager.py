@@ -19,6 +19,7 @@ from ray_ckpt import log
 from ray_ckpt.checkpointer import Checkpointer
 from ray_ckpt.errors import RayCkptError, UsageError
 from ray_ckpt.storage import open_store
+from ray_ckpt.trackable import check_kind
 from ray_ckpt.types import PRIVATE_DIR, Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,8 @@ class CheckpointManager:
         options: all other settings of `Checkpointer`: ``rank``, ``world_size``, ``timeouts`` and so on.
 
     Raises:
-        UsageError: ``max_to_keep`` is not positive, or an interval without a counter (a ValueError, as TensorFlow's).
+        UsageError: not a `tf.train.Checkpoint`, or ``max_to_keep`` is not positive, or an interval without a counter
+            (a ValueError, as TensorFlow's).
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class CheckpointManager:
         single_coordinator: bool = False,
         **options: Any,
     ) -> None:
+        check_kind(checkpoint)
         if max_to_keep is not None and max_to_keep <= 0:
             raise UsageError(f"Expected a positive integer or `None` for `max_to_keep`, got {max_to_keep}.")
         if checkpoint_interval is not None and step_counter is None:
