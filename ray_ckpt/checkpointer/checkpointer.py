@@ -190,7 +190,7 @@ class Checkpointer:
         """
         self._check_open()
         if self._link.logic.has_wish:
-            raise UsageError("restore() was called already, or step() before it: restore once, before the first step")
+            raise UsageError("restore() follows restore(), adopt() or step(): call it once, before the first step")
         if missing not in ("init", "error"):
             raise UsageError(f'missing must be "init" or "error", found {missing!r}')
         wish = RestoreWish("newest") if step is None else RestoreWish("step", step)
@@ -281,6 +281,8 @@ class Checkpointer:
 
     def reached(self, bound: int) -> bool:
         """The loop is at most at step ``bound`` now: for loops that do not know their step after each one.
+
+        The bound is one of the steps that the loop comes to; where a run is of several steps, ``stride`` says so.
 
         True: a save or a stop has been agreed on, so call `step` with the real step after each run until this is
         false. Nothing is agreed on at or before the bound any more. Costs about a microsecond.

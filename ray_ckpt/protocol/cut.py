@@ -211,12 +211,15 @@ class Cut:
         seen = max(r.reached for r in reports.values())
         stride = max([config.stride, *(r.stride for r in reports.values())])
         earliest = seen + self._margin * stride
+        # A bound need not be a step that the loop will report; where it has reported one, the stride counts from there.
+        told = max(r.step for r in reports.values())
+        origin = told if told >= 0 else seen
         if self.stop is not None:
-            self._open(replace(self.stop, step=align(earliest, seen, stride)))
+            self._open(replace(self.stop, step=align(earliest, origin, stride)))
             return
         if len(self._saves.active) >= config.slots:
             return
-        step = self._wanted_step(config, seen, earliest, stride)
+        step = self._wanted_step(config, seen, origin, earliest, stride)
         if step is not None:
             self._open(Proposal("", step, reason=self._reason(config)))
 
@@ -224,20 +227,20 @@ class Cut:
     def _stopping(self) -> bool:
         return any(p.kind == "stop" and p.state == "decided" for p in self.proposals.values())
 
-    def _wanted_step(self, config: JobConfig, seen: int, earliest: int, stride: int) -> int | None:
+    def _wanted_step(self, config: JobConfig, seen: int, origin: int, earliest: int, stride: int) -> int | None:
         """The next step to save at, None while nothing is wanted."""
         assert self._timer is not None
         open_requests = [r for r in self.requests if r not in self._request_steps]
         timed = config.save_secs is not None and self._ledger.now >= self._timer + config.save_secs
         if open_requests or (timed and seen >= 0):
-            return align(earliest, seen, stride)
+            return align(earliest, origin, stride)
         if config.save_steps is None or config.overlap == "wait" or self._armed_step > seen:
             return None
         last = max([0, self._armed_step, *self._saves.decided_steps])
         if config.overlap == "coalesce" and crosses(last, seen, config.save_steps):
-            self._armed_step = align(earliest, seen, stride)
+            self._armed_step = align(earliest, origin, stride)
         else:
-            self._armed_step = first_crossing(seen, earliest, config.save_steps, stride)
+            self._armed_step = first_crossing(origin, earliest, config.save_steps, stride)
         return self._armed_step
 
     def _reason(self, config: JobConfig) -> str:

@@ -296,7 +296,8 @@ class WorkerLogic:
             plan_id=self.plan.plan_id if self.plan else None,
             step=self.step,
             bound=self.bound,
-            stride=self._stride,
+            # A loop that tells a bound reports few of its steps: the gaps between them say nothing.
+            stride=self._stride if self.bound < 0 else self.config.stride,
             waiting_step=self._waiting_step,
             due_step=self._due_step,
             accepted=tuple(self._accepted.values()),

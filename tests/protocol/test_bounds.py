@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ray_ckpt.protocol.messages import JobConfig
 from tests.protocol.harness import Job, World, beat
 
@@ -41,6 +43,36 @@ def test_a_bound_beyond_the_step_of_a_save_does_not_make_it_hopeless() -> None:
     job.hosts[1].seal(second, 5)
     beat(world, job.hosts)
     assert world.committed == [5]
+
+
+def test_the_gaps_between_the_steps_that_are_told_are_no_stride() -> None:
+    world, job = _started()
+    for worker in job.workers:
+        worker.reached(0)
+    for step in (2, 1000):
+        job.step(step)
+    for worker in job.workers:
+        worker.reached(1001)
+    job.workers[0].request("r", "wanted")
+    beat(world, job.hosts)
+    steps = {p.step for w in job.workers for p in w.report().accepted}
+    assert steps == {1002}
+
+
+def test_a_bound_that_no_step_falls_on_does_not_move_the_stride() -> None:
+    world = World()
+    job = Job(world, replace(TWO, stride=2), "a").start()
+    for step in (2, 4):
+        job.step(step)
+    for worker in job.workers:
+        worker.reached(7)
+    job.workers[0].request("r", "wanted")
+    beat(world, job.hosts)
+    steps = {p.step for w in job.workers for p in w.report().accepted}
+    assert len(steps) == 1
+    (step,) = steps
+    assert step > 7
+    assert step % 2 == 0
 
 
 def test_a_stop_is_agreed_on_beyond_every_bound() -> None:
