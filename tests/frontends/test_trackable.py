@@ -135,6 +135,21 @@ def test_an_iterator_with_state_outside_is_refused() -> None:
         trackable.gather(tf.train.Checkpoint(iterator=dataset), 0)
 
 
+def test_an_iterator_whose_outside_may_be_ignored(tmp_path: Path) -> None:
+    options = tf.data.Options()
+    options.experimental_external_state_policy = tf.data.experimental.ExternalStatePolicy.IGNORE
+    outside = tf.Variable(1, dtype=tf.int64)
+
+    def make() -> Any:
+        return iter(tf.data.Dataset.range(9).map(lambda x: x + outside).with_options(options))
+
+    source, target = make(), make()
+    next(source)
+    saved(tf.train.Checkpoint(iterator=source), tmp_path)
+    tf.train.Checkpoint(iterator=target).restore(f"{tmp_path}/{PREFIX}").assert_consumed()
+    assert int(next(target)) == 2
+
+
 def test_python_state(tmp_path: Path) -> None:
     class Count(tf.train.experimental.PythonState):  # type: ignore[misc]
         value = 0
@@ -214,6 +229,12 @@ def test_other_ranks_bring_only_floating_point_variables() -> None:
     stored = save(states)
     assert set(stored.names) == set(states[0])
     assert layout_of(states[1], 1, 3)[0].fingerprint == layout_of(states[2], 2, 3)[0].fingerprint
+
+
+def test_the_older_class_of_checkpoint(tmp_path: Path) -> None:
+    stored = saved(tf.compat.v1.train.Checkpoint(v=tf.Variable(3.0)), tmp_path)
+    target = tf.compat.v1.train.Checkpoint(v=tf.Variable(0.0))
+    assert float(restored(target, stored).v) == 3
 
 
 def test_what_cannot_be_saved() -> None:
