@@ -161,10 +161,10 @@ def forget_the_tries_when_the_agent_dies(monkeypatch: pytest.MonkeyPatch) -> Non
 def delete_data_before_the_record(monkeypatch: pytest.MonkeyPatch) -> None:
     original = Keeper._delete_record
 
-    def delete_record(self: Keeper, head: Any, config: Any, protected: Any) -> Any:
-        for victim in self._choose(head, config, protected):
+    def delete_record(self: Keeper, judged: Any, head: Any, config: Any, protected: Any) -> Any:
+        for victim in self._choose(head, config, protected).deleted:
             self._flows.start(self._ledger.retry(DeleteData(victim.prefix, victim.attempt, victim.num_shards)))
-        return original(self, head, config, protected)
+        return original(self, judged, head, config, protected)
 
     monkeypatch.setattr(Keeper, "_delete_record", delete_record)
 

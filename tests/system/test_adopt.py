@@ -136,7 +136,8 @@ def test_a_loop_that_tells_a_bound_saves_and_stops_with_the_others(make_job: Cal
     assert common
     job.on(0, "call", "request_stop")
     eventually(lambda: (job.all("do", run_on), all(job.all("get", "should_stop")))[1], "both stop")
-    last = job.steps()[-1]
+    last, other = job.all("get", "done")
+    assert last == other > step
     job.all("do", run_past)
     job.all("call", "close")
     assert job.steps() == [step, last]
