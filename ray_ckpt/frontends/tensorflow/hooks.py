@@ -123,6 +123,7 @@ class CheckpointSaverHook(tf.compat.v1.train.CheckpointSaverHook):  # type: igno
         self._files: SideFiles | None = None
         self._kept: tuple[Any, int | None] | None = None
         self._stop = False
+        self._is_ending = False
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # What was pickled may be used in the process that it was sent to.
@@ -152,6 +153,7 @@ class CheckpointSaverHook(tf.compat.v1.train.CheckpointSaverHook):  # type: igno
     def after_create_session(self, session: Any, coord: Any) -> None:  # noqa: ARG002 (TensorFlow's interface)
         """Write the graph, and save the session as it is: fresh, restored, or restored after it was lost."""
         self._check_process()
+        self._is_ending = False
         lost, self._saves = self._saves, None
         if lost is not None:
             self._settle(lost, session)
@@ -228,6 +230,7 @@ class CheckpointSaverHook(tf.compat.v1.train.CheckpointSaverHook):  # type: igno
     def end(self, session: Any) -> None:
         """Save the last step if it is not saved yet, wait for all saves, and let go of everything."""
         saves = self._of(session)
+        self._is_ending = True
         try:
             last_step = session.run(self._global_step_tensor)
             self._wait(session)
@@ -307,7 +310,7 @@ class CheckpointSaverHook(tf.compat.v1.train.CheckpointSaverHook):  # type: igno
         return True
 
     def _complain(self, error: RayCkptError) -> None:
-        if self._options["on_error"] == "raise" and (self._world_size == 1 or self._waits):
+        if self._options["on_error"] == "raise" and (self._world_size == 1 or self._waits or self._is_ending):
             raise error
         # Several workers that do not wait are all stopped at one step by the `Checkpointer`, if on_error says so.
         logging.warning("%s", error)

@@ -1,0 +1,86 @@
+"""One of several workers that train in sessions of their own: a plain Ray actor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from tests.system.waiting import pause
+
+ROWS = (6, 4)
+"""How many rows of ``table`` each worker has."""
+
+_PACE_S = 0.002
+
+
+def values(step: int) -> dict[str, Any]:
+    """What a checkpoint of both workers holds at a step."""
+    return {
+        "global_step": np.int64(step),
+        "shared": np.full(3, step, np.float32),
+        "own_0": np.full(2, step, np.float32),
+        "own_1": np.full(2, 2 * step, np.float32),
+        "rows_0": np.arange(8, dtype=np.float32).reshape(4, 2) + step,
+        "table": np.arange(20, dtype=np.float32).reshape(10, 2) + step,
+    }
+
+
+def build(rank: int, scale: float = 1.0) -> Any:
+    """A worker's graph: what all have, what it alone has, a partitioned variable, its rows of a table; the train op."""
+    import tensorflow as tf
+
+    tf1 = tf.compat.v1
+    start = values(0)
+    shared = tf1.get_variable("shared", initializer=tf.constant(start["shared"]))
+    own = tf1.get_variable(f"own_{rank}", initializer=tf.constant(start[f"own_{rank}"]))
+    first = sum(ROWS[:rank])
+    held = start["table"][first : first + ROWS[rank]]
+    table = tf1.get_variable("part", initializer=tf.constant(held))
+    table._set_save_slice_info(tf1.Variable.SaveSliceInfo("table", [10, 2], [first, 0], [ROWS[rank], 2]))
+    updates = [shared.assign_add(tf.fill([3], scale)), own.assign_add([rank + 1.0] * 2)]
+    updates.append(table.assign_add(tf.ones(held.shape)))
+    if rank == 0:
+        parts = tf1.get_variable(
+            "rows_0",
+            (4, 2),
+            initializer=lambda shape, dtype=None, partition_info=None: tf.constant(
+                start["rows_0"][partition_info.var_offset[0] :][: shape[0]]
+            ),
+            partitioner=tf1.fixed_size_partitioner(2),
+        )
+        updates += [part.assign_add(tf.ones(part.shape)) for part in parts]
+    with tf.control_dependencies(updates):
+        return tf1.train.get_or_create_global_step().assign_add(1)
+
+
+class SessionWorker:
+    """A process that trains one session after the other."""
+
+    def train(
+        self, rank: int, folder: str, last: int, *, restore: bool = False, scale: float = 1.0, **cadence: Any
+    ) -> tuple[int, int]:
+        """Train to step ``last`` or until told to stop; (first, last) value of the global step in this session."""
+        import tensorflow as tf
+
+        import ray_ckpt
+
+        tf1 = tf.compat.v1
+        with tf.Graph().as_default():
+            update = build(rank, scale)
+            step = tf1.train.get_global_step()
+            hook = ray_ckpt.CheckpointSaverHook(folder, rank=rank, world_size=2, **cadence)
+            with tf1.train.MonitoredTrainingSession(
+                checkpoint_dir=folder if restore else None,
+                hooks=[hook],
+                save_checkpoint_secs=None,
+                save_summaries_steps=None,
+                save_summaries_secs=None,
+                log_step_count_steps=None,
+            ) as session:
+                first = now = session.run_step_fn(lambda step_context: step_context.session.run(step))
+                while now < last and not session.should_stop():
+                    now = session.run(update)
+                    # The ranks take turns in being the faster one.
+                    pause(_PACE_S * ((now // 4 + rank) % 2))
+        return int(first), int(now)
