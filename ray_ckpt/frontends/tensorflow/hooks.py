@@ -240,6 +240,8 @@ class CheckpointSaverHook(tf.compat.v1.train.CheckpointSaverHook):  # type: igno
             for listener in self._listeners:
                 listener.end(session, last_step)
             saves.close()
+            if self._files is not None:
+                self._files.name_newest()
         finally:
             self._let_go(saves)
 
@@ -303,6 +305,9 @@ class CheckpointSaverHook(tf.compat.v1.train.CheckpointSaverHook):  # type: igno
         if self._files is not None:
             try:
                 self._files.write_meta(outcome.prefix, saves.session.graph, saves.saver)
+                if _have_after_save(self._listeners):
+                    # They look for the newest checkpoint, and must find this one.
+                    self._files.name_newest()
             except StorageError as error:
                 self._complain(error)
             self._files.log_checkpoint(taken.step)

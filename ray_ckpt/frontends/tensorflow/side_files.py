@@ -9,6 +9,7 @@ from google.protobuf import text_format
 
 from ray_ckpt.bundle import graph_name
 from ray_ckpt.errors import UsageError
+from ray_ckpt.log import repair_state_file
 from ray_ckpt.storage import Store, locate, open_store
 
 _GRAPH = "graph.pbtxt"
@@ -75,6 +76,10 @@ class SideFiles:
         if known is None or (known[0], known[1], known[2]) != (graph, saver, graph.version):
             known = self._meta = (graph, saver, graph.version, _meta_graph(graph, saver).SerializeToString())
         return known[3]
+
+    def name_newest(self) -> None:
+        """The `checkpoint` file, which the coordinator writes soon after a commit, names it now. Raises `StorageError`."""
+        repair_state_file(self._store)
 
     def log_checkpoint(self, step: Any) -> None:
         """The SessionLog event of a checkpoint."""
