@@ -36,7 +36,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]
     Args:
         directory_url: directory or bucket of this callback's own; any URL of `ray_ckpt.Checkpointer`.
         monitor, verbose, save_best_only, mode, initial_value_threshold: as Keras has them.
-        save_freq: "epoch", or a number of batches, counted over epochs and restarts.
+        save_freq: "epoch", or a number of batches, counted over epochs and, by the optimizer's iterations, restarts.
         max_to_keep: checkpoints that stay; None keeps all.
         keep_best: False: nothing is saved to ``<directory_url>/best``.
         **settings: of the `ray_ckpt.Checkpointer`: rank, world_size, on_error, timeouts, storage_options, ... With
@@ -172,12 +172,12 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]
         self._step = max(
             [0, *(info.step for info in checkpoints(self.best_url, storage_options=self._storage_options))]
         )
-        if found is None:
-            return
-        self._step = max(self._step, found["step"])
         if self.save_freq != "epoch":
             # Else a job that is interrupted sooner than it saves never would.
             self._batches_seen_since_last_saving = self._iterations() % self.save_freq
+        if found is None:
+            return
+        self._step = max(self._step, found["step"])
         if found["monitor"] == self.monitor and found["best"] is not None:
             self.best, self.best_step = found["best"], found["best_step"]
 

@@ -55,24 +55,27 @@ class Skip:
             self._model.train_function = self._inner
 
     def _take(self, iterator: Any) -> None:
-        for i in range(self._ahead):
-            if self._next(iterator) is _END:
-                raise UsageError(
-                    f"the data ended after {i} batches, expected more than {self._ahead}: stream=True is for data that"
-                    " fit() does not begin anew with each epoch"
-                )
-        self._ahead = 0
+        ahead, self._ahead = self._ahead, 0
         # As in the real function, the last step of an epoch may find fewer batches, but not none.
-        found = [self._next(iterator) for _ in range(self._model.steps_per_execution)]
-        if found[0] is _END:
-            raise StopIteration
+        found = [self._next(iterator) for _ in range(ahead + self._model.steps_per_execution)]
+        if found[ahead] is not _END:
+            return
+        if ahead:
+            raise UsageError(
+                f"the data ended after {found.index(_END)} batches, expected more than {ahead}: stream=True is for data"
+                " that fit() does not begin anew with each epoch"
+            )
+        raise StopIteration
 
     def _next(self, iterator: Any) -> Any:
+        """`_END`, or anything else: batches are not kept."""
         batch = next(iterator, _END)
-        if self._first is not None and batch is not _END:
+        if batch is _END:
+            return _END
+        if self._first is not None:
             self._first(batch)
             self._first = None
-        return batch
+        return None
 
 
 _END = object()

@@ -138,8 +138,9 @@ def load_variables(
 
 def _arrays(stored: StoredCheckpoint, named: Mapping[str, Any]) -> dict[str, Any]:
     """The stored arrays by the names of the model's variables."""
-    names = described(stored, MONITOR if MONITOR in stored.names else TRAINING)["variables"]
-    if not set(names) <= set(stored.names):
+    description = described(stored, MONITOR if MONITOR in stored.names else TRAINING)
+    names = description["variables"]
+    if description.get("finished"):
         raise NoCheckpointError(f"{stored.where} is of a training that has ended: its variables were given up")
     by_name = renamed(list(named), names)
     found = {name: by_name.get(name, name) for name in named}

@@ -1,0 +1,248 @@
+"""A `fit` that was interrupted and is called again ends as one that was not, bit for bit."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("keras")
+
+import keras
+import tensorflow as tf
+
+import ray_ckpt
+from ray_ckpt.errors import MismatchError, UsageError
+from ray_ckpt.frontends.keras import load_variables
+from ray_ckpt.frontends.keras.skip import Skip
+from tests.frontends.keras_fits import BATCHES, EPOCHS, Interrupt, Listener, data, fit, make_model, outcome, run_dir
+
+pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.usefixtures("ray_cluster")]
+
+
+def backup(path: Path, save_freq: Any = "epoch", **settings: Any) -> Any:
+    return ray_ckpt.BackupAndRestore(run_dir(path), save_freq, **{"delete_checkpoint": False, **settings})
+
+
+@pytest.fixture(scope="module")
+def uninterrupted() -> Any:
+    return outcome(fit())
+
+
+@pytest.mark.parametrize(
+    ("save_freq", "interrupt", "goes_on_at"),
+    [
+        ("epoch", (1, 2), 4),
+        (3, (1, 3), 6),
+        # In the last batch of an epoch: its validation is still to come.
+        (1, (1, 3), 8),
+    ],
+)
+def test_a_resumed_fit_is_as_if_never_interrupted(
+    tmp_path: Path, uninterrupted: Any, save_freq: Any, interrupt: tuple[int, int], goes_on_at: int
+) -> None:
+    fit([backup(tmp_path, save_freq)], interrupt=interrupt)
+    # Another seed: what is not restored is another value.
+    model = make_model()
+    iterations: list[int] = []
+
+    class Watch(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+            iterations.append(int(self.model.optimizer.iterations))
+
+    resumed = fit([backup(tmp_path, save_freq), Watch()], seed=2, model=model)
+    assert iterations[0] == goes_on_at
+    assert outcome(resumed) == uninterrupted
+
+
+def test_interrupted_again_and_again(tmp_path: Path, uninterrupted: Any) -> None:
+    for seed, interrupt in enumerate([(0, 1), (0, 3), (1, 1), (2, 2)], 2):
+        fit([backup(tmp_path, 1)], seed=seed if seed > 2 else 1, interrupt=interrupt)
+    assert outcome(fit([backup(tmp_path, 1)], seed=9)) == uninterrupted
+
+
+def test_callbacks_hear_of_each_batch_of_the_resumed_epoch(tmp_path: Path) -> None:
+    fit([backup(tmp_path, 2)], interrupt=(1, 2))
+    listener = Listener()
+    fit([backup(tmp_path, 2), listener])
+    assert listener.heard == [(epoch, batch) for epoch in (1, 2) for batch in range(BATCHES)]
+
+
+def test_shuffled_arrays(tmp_path: Path) -> None:
+    expected = outcome(fit(shuffle=True))
+    fit([backup(tmp_path, 1)], shuffle=True, interrupt=(1, 1))
+    assert outcome(fit([backup(tmp_path, 1)], shuffle=True)) == expected
+
+
+def _dataset(repeat: bool = False) -> Any:
+    x, y = data()
+    # A filter hides the number of batches, as any stream of unknown length does.
+    found = tf.data.Dataset.from_tensor_slices((x, y)).filter(lambda a, b: True).batch(8)
+    return found.repeat() if repeat else found
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+def test_a_dataset_of_unknown_length(tmp_path: Path) -> None:
+    expected = outcome(fit(dataset=_dataset))
+    fit([backup(tmp_path, 3)], dataset=_dataset, interrupt=(1, 2))
+    assert outcome(fit([backup(tmp_path, 3)], seed=2, dataset=_dataset)) == expected
+
+
+def test_endless_data(tmp_path: Path) -> None:
+    settings = {"dataset": lambda: _dataset(repeat=True), "steps_per_epoch": 3}
+    expected = outcome(fit(**settings))
+    fit([backup(tmp_path, 1, stream=True)], interrupt=(1, 1), **settings)
+    assert outcome(fit([backup(tmp_path, 1, stream=True)], seed=2, **settings)) == expected
+
+
+def test_several_batches_an_execution(tmp_path: Path) -> None:
+    def model() -> Any:
+        return make_model(steps_per_execution=2)
+
+    expected = outcome(fit(model=_seeded(model)))
+    fit([backup(tmp_path, 2)], model=_seeded(model), interrupt=(1, 3))
+    assert outcome(fit([backup(tmp_path, 2)], seed=2, model=model())) == expected
+
+
+def _seeded(make: Any) -> Any:
+    keras.utils.set_random_seed(1)
+    return make()
+
+
+def test_random_states_are_restored(tmp_path: Path) -> None:
+    drawn: list[tuple[float, float, float]] = []
+
+    class Draw(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+            drawn.append((random.random(), np.random.rand(), float(keras.random.uniform(()))))
+
+    fit([backup(tmp_path), Draw()])
+    expected = list(drawn)
+    drawn.clear()
+    fit([backup(tmp_path / "again"), Draw()], interrupt=(1, 2))
+    del drawn[1:]
+    fit([backup(tmp_path / "again"), Draw()], seed=5)
+    assert drawn == expected
+
+
+def test_a_training_that_has_ended_is_given_up(tmp_path: Path) -> None:
+    first = fit([backup(tmp_path, delete_checkpoint=True)])
+    (left,) = ray_ckpt.checkpoints(tmp_path)
+    assert left.step == EPOCHS * BATCHES + 1
+    assert list(ray_ckpt.load(tmp_path)) == ["keras/training"]
+    assert outcome(fit([backup(tmp_path, delete_checkpoint=True)])) == outcome(first)
+    assert [info.step for info in ray_ckpt.checkpoints(tmp_path)] == [2 * (EPOCHS * BATCHES + 1)]
+    with pytest.raises(ray_ckpt.errors.NoCheckpointError, match="has ended"):
+        load_variables(first, str(tmp_path))
+
+
+def test_a_training_that_is_kept_goes_on_with_more_epochs(tmp_path: Path, uninterrupted: Any) -> None:
+    fit([backup(tmp_path)], epochs=2)
+    resumed = fit([backup(tmp_path)], seed=2)
+    assert outcome(resumed) == uninterrupted
+    # Nothing is left to train; the model and its history are restored all the same.
+    assert outcome(fit([backup(tmp_path)], seed=3)) == uninterrupted
+
+
+def test_a_later_fit_of_the_model_begins_at_the_first_epoch(tmp_path: Path) -> None:
+    fit([backup(tmp_path)], interrupt=(1, 1))
+    model = fit([backup(tmp_path)])
+    listener = Listener()
+    fit([listener], model=model, epochs=1)
+    assert listener.heard == [(0, batch) for batch in range(BATCHES)]
+
+
+def test_a_fit_that_fails_while_it_skips_leaves_nothing_behind(tmp_path: Path) -> None:
+    fit([backup(tmp_path, 1)], interrupt=(0, 2))
+    model = make_model()
+    fit([backup(tmp_path, 1)], model=model, interrupt=(0, 0))
+    assert isinstance(model.train_function, Skip)
+    before = int(model.optimizer.iterations)
+    fit(model=model, epochs=1)
+    assert int(model.optimizer.iterations) == before + BATCHES
+
+
+def test_one_callback_for_several_fits(tmp_path: Path, uninterrupted: Any) -> None:
+    callback = backup(tmp_path, 1)
+    fit([callback], interrupt=(1, 1))
+    assert outcome(fit([callback], seed=2)) == uninterrupted
+
+
+def test_a_stop_request_ends_the_training_to_be_resumed(tmp_path: Path, uninterrupted: Any) -> None:
+    callback = backup(tmp_path, delete_checkpoint=True)
+
+    class Ask(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+            if epoch == 1:
+                callback._ckpt.request_stop("the test asks")
+
+        def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+            # Agreements take a moment; batches here take none.
+            callback._ckpt._link.courier.nudge()
+
+    listener = Listener()
+    fit([callback, Ask(), listener], epochs=400)
+    assert len(listener.heard) < 400 * BATCHES
+    at = ray_ckpt.checkpoints(tmp_path)[-1].step
+    assert at == len(listener.heard)
+    resumed = fit([backup(tmp_path)], seed=2, epochs=at // BATCHES + 2)
+    assert outcome(resumed) == outcome(fit(epochs=at // BATCHES + 2))
+
+
+def test_tensorflow_reads_it(tmp_path: Path) -> None:
+    model = fit([backup(tmp_path)])
+    reader = tf.train.load_checkpoint(str(tmp_path))
+    dense = model.layers[0]
+    np.testing.assert_array_equal(reader.get_tensor(f"model/{dense.kernel.path}"), dense.kernel.numpy())
+    assert reader.get_tensor(f"optimizer/{model.optimizer._iterations.path}") == EPOCHS * BATCHES
+
+
+def test_another_model(tmp_path: Path) -> None:
+    fit([backup(tmp_path)], epochs=1)
+    with pytest.raises(MismatchError, match=r"float32\[3,5\]"):
+        fit([backup(tmp_path)], model=make_model(units=5))
+
+
+def test_a_directory_of_something_else(tmp_path: Path) -> None:
+    fit([ray_ckpt.ModelCheckpoint(run_dir(tmp_path))], epochs=1)
+    with pytest.raises(UsageError, match="not saved by BackupAndRestore"):
+        fit([backup(tmp_path)])
+    with pytest.raises(UsageError, match="two callbacks"):
+        fit([backup(tmp_path / "both"), ray_ckpt.ModelCheckpoint(run_dir(tmp_path / "both"))])
+
+
+def test_a_model_without_variables(tmp_path: Path) -> None:
+    model = keras.Sequential([keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    with pytest.raises(UsageError, match="no variables yet"):
+        fit([backup(tmp_path)], model=model)
+
+
+@pytest.mark.parametrize("save_freq", ["batch", 0, -1, 1.5, True, None])
+def test_a_wrong_save_freq(tmp_path: Path, save_freq: Any) -> None:
+    for callback in (ray_ckpt.BackupAndRestore, ray_ckpt.ModelCheckpoint):
+        with pytest.raises(ValueError, match="Unrecognized save_freq"):
+            callback(tmp_path, save_freq=save_freq)
+
+
+def test_wrong_settings(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="decides save_steps itself"):
+        ray_ckpt.BackupAndRestore(tmp_path, save_steps=5)
+    with pytest.raises(UsageError, match="is empty"):
+        ray_ckpt.BackupAndRestore("")
+
+
+def test_data_that_ends_before_what_was_trained_on(tmp_path: Path) -> None:
+    fit([backup(tmp_path, 1, stream=True)], interrupt=(1, 1))
+    with pytest.raises(UsageError, match="the data ended after 4 batches"):
+        fit([backup(tmp_path, 1, stream=True)])
+
+
+def test_interrupts_are_what_they_say() -> None:
+    listener = Listener()
+    fit([listener], interrupt=(1, 2))
+    assert listener.heard[-1] == (1, 2)
+    assert isinstance(Interrupt(0, 0), keras.callbacks.Callback)
