@@ -161,6 +161,7 @@ class Coordinator:
     def _publish(self) -> None:
         """After conclusions have been drawn: act, and answer those for whom there is news."""
         self._pump()
+        self._questions.forget(self._logic.take_forgotten())
         self._questions.answer(self._logic.views.take_changed())
         self._changed.set()
         self._changed = asyncio.Event()

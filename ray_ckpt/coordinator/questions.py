@@ -60,6 +60,12 @@ class Questions:
                 self._missed.add(host)
                 logger.exception("no view can be made for host %s", host)
 
+    def forget(self, hosts: Iterable[str]) -> None:
+        """These are gone: nothing is kept for them."""
+        for host in hosts:
+            self._missed.discard(host)
+            self._sent.pop(host, None)
+
     def _look(self, host: str) -> None:
         question = self._open.get(host)
         view = None if question is None or question.answer.done() else self._view(host)

@@ -22,8 +22,11 @@ from ray_ckpt.protocol.saves import Saves, SaveState
 from ray_ckpt.protocol.views import Views
 from ray_ckpt.types import LogRecord
 
+_LOOK_S = 60.0
 _FORGET_S = 300.0
-"""A host that was silent for so long does not keep its run's coordinator alive."""
+"""A host that was silent for so long does not keep its run's coordinator alive, and is not counted any more unless a
+rank of the present start was there.
+"""
 
 
 class CoordinatorLogic:
@@ -44,6 +47,8 @@ class CoordinatorLogic:
         self.last_error = ""
         self.derivations = 0
         self._generation_seen: int | None = None
+        self._looked_for_gone = 0.0
+        self._forgotten: list[str] = []
         self.cut.stepped = lambda: self.roster.stepped
         self.saves.worker_of = lambda rank: self.generations.members.get(rank)
         self.saves.decided_proposal = self.cut.decided
@@ -122,6 +127,7 @@ class CoordinatorLogic:
         self.flows.poll()
         if not self.ledger.active:
             return
+        self._forget_gone()
         self.generations.update()
         config = self.generations.config
         self.saves.update(config)
@@ -139,6 +145,20 @@ class CoordinatorLogic:
         self.keeper.update(config, self._protected())
         self.flows.poll()
         self.views.refresh()
+
+    def _forget_gone(self) -> None:
+        """A run outlives many hosts, and how often each of the others may speak depends on their number."""
+        if self.ledger.now < self._looked_for_gone + _LOOK_S:
+            return
+        self._looked_for_gone = self.ledger.now
+        forming = self.generations.forming
+        needed = [*self.generations.members.values(), *(forming.members.values() if forming else ())]
+        self._forgotten += self.roster.forget(self.ledger.now - _FORGET_S, needed)
+
+    def take_forgotten(self) -> list[str]:
+        """Hosts that are gone for good, since this was last asked."""
+        gone, self._forgotten = self._forgotten, []
+        return gone
 
     def _begin(self, generation: int) -> None:
         self._generation_seen = generation

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from ray_ckpt.protocol.messages import HostReport, SegmentInfo, WorkerReport
@@ -67,6 +67,19 @@ class Roster:
         for worker in report.workers:
             if self.worker_hosts.get(worker.worker) == report.host:
                 self._workers.pop(worker.worker, None)
+
+    def forget(self, before: float, keep: Collection[str]) -> list[str]:
+        """Drop the hosts not heard of since ``before``, but those of the workers to ``keep``; their ids."""
+        kept = {self.worker_hosts.get(worker) for worker in keep}
+        gone = [name for name, host in self.hosts.items() if host.seen < before and name not in kept]
+        for name in gone:
+            report = self.hosts.pop(name).report
+            self._forget(report)
+            for worker in report.workers:
+                if self.worker_hosts.get(worker.worker) == name:
+                    del self.worker_hosts[worker.worker]
+                    self._sequences.pop(worker.worker, None)
+        return gone
 
     def report(self, host: str) -> HostReport | None:
         """The newest report of one host."""

@@ -157,3 +157,18 @@ def test_a_view_that_cannot_be_made_leaves_nobody_waiting(caplog: pytest.LogCapt
 
     run(scene)
     assert "no view can be made for host a" in caplog.text
+
+
+def test_nothing_is_kept_for_hosts_that_are_gone() -> None:
+    async def scene(world: World) -> None:
+        await world.first("a")
+        world.questions.answer(["a"])
+        world.questions.forget(["a"])
+        world.made.clear()
+        world.questions.answer([])
+        assert world.made == []
+        world.late = ""
+        # Were the last view to it remembered, one that says the same would not be sent.
+        assert await world.first("a")
+
+    run(scene)

@@ -188,3 +188,25 @@ def test_ranks_whose_partners_have_other_settings_do_not_wait_for_ever() -> None
     assert "save_steps=1 against 7" in job.workers[0].refused
     assert other.workers[1].error is not None
     assert "save_steps=1 against 7" in other.workers[1].error.text
+
+
+def test_hosts_that_are_gone_are_not_counted_for_ever() -> None:
+    world = World()
+    first = Job(world, TWO, "a").start()
+    first.die()
+    beat(world, first.hosts)
+    second = Job(world, TWO, "b").start()
+    for _ in range(70):
+        world.tick(5.0)
+        beat(world, second.hosts, 1)
+    assert set(world.coordinator.roster.hosts) == {"b-host0", "b-host1"}
+    assert set(world.coordinator.take_forgotten()) == {"a-host0", "a-host1"}
+
+
+def test_a_silent_host_of_the_present_start_is_not_forgotten() -> None:
+    world = World()
+    job = Job(world, TWO, "a").start()
+    for _ in range(140):
+        world.tick(5.0)
+        beat(world, job.hosts[:1], 1)
+    assert set(world.coordinator.roster.hosts) == {"a-host0", "a-host1"}
