@@ -231,6 +231,19 @@ def test_other_ranks_bring_only_floating_point_variables() -> None:
     assert layout_of(states[1], 1, 3)[0].fingerprint == layout_of(states[2], 2, 3)[0].fingerprint
 
 
+@pytest.mark.parametrize("dtype", [tf.float32, tf.bfloat16, tf.float16])
+def test_a_large_variable_that_ranks_share_among_them(tmp_path: Path, dtype: Any) -> None:
+    large = tf.cast(tf.reshape(tf.range(3 << 20) % 1000, (-1, 1024)), dtype)
+    states = [trackable.gather(tf.train.Checkpoint(v=tf.Variable(large)), rank) for rank in range(3)]
+    stored = save(states, tmp_path, cut_nbytes=1 << 20)
+    pieces = len(stored.tensor("v/.ATTRIBUTES/VARIABLE_VALUE").pieces)
+    # TensorFlow cannot put pieces of float16 together.
+    assert pieces == 1 if dtype == tf.float16 else pieces > 1
+    target = tf.train.Checkpoint(v=tf.Variable(tf.zeros_like(large)))
+    target.restore(f"{tmp_path}/{PREFIX}").assert_consumed()
+    assert tf.reduce_all(target.v == large)
+
+
 def test_the_older_class_of_checkpoint(tmp_path: Path) -> None:
     stored = saved(tf.compat.v1.train.Checkpoint(v=tf.Variable(3.0)), tmp_path)
     target = tf.compat.v1.train.Checkpoint(v=tf.Variable(0.0))
