@@ -89,8 +89,8 @@ def test_it_shows_what_the_class_shows(lazy: Any) -> None:
 
 
 def test_it_can_be_used_in_annotations(lazy: Any) -> None:
-    assert lazy | None == Optional[lazy]
-    assert None | lazy == Optional[lazy]
+    assert lazy | None == Optional[lazy]  # noqa: UP045
+    assert None | lazy == Optional[lazy]  # noqa: UP045
 
 
 @pytest.mark.parametrize("name", ["CheckpointSaverHook", "AsyncCheckpointSaverHook"])

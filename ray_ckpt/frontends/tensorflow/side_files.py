@@ -78,7 +78,7 @@ class SideFiles:
         return known[3]
 
     def name_newest(self) -> None:
-        """The `checkpoint` file, which the coordinator writes soon after a commit, names it now. Raises `StorageError`."""
+        """Have the `checkpoint` file name what is committed, if the coordinator has not yet. Raises `StorageError`."""
         repair_state_file(self._store)
 
     def log_checkpoint(self, step: Any) -> None:
