@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
+from ray_ckpt.errors import StateError
 from ray_ckpt.frontends.tensorflow import fetch
 from ray_ckpt.frontends.tensorflow.fetch import Fetch
 from ray_ckpt.frontends.tensorflow.saver_graph import SaverTensors
+from ray_ckpt.leaves import Variants
+from ray_ckpt.restore import open_checkpoint, read_boxes
+from ray_ckpt.storage import open_store
+from ray_ckpt.types import Box
 from tests.frontends.graphs import mixed
 
 tf1 = tf.compat.v1
@@ -102,3 +108,31 @@ def test_an_object_of_another_type_has_no_pointer(session: Any) -> None:
     assert fetch._pointer(op, b"12TF_Operation")
     assert fetch._pointer(op, b"10TF_Session") is None
     assert fetch._pointer(object(), b"10TF_Session") is None
+
+
+def test_iterators(session: Any, is_direct: bool, tmp_path: Path) -> None:
+    """Their states are variants: bit for bit what TensorFlow's Saver writes at the same moment."""
+    numbers = tf1.data.make_initializable_iterator(tf1.data.Dataset.range(100).shuffle(10, seed=1))
+    following = numbers.get_next()
+    start = mixed(2.0)
+    tf1.add_to_collection("saveable_objects", tf.data.experimental.make_saveable_from_iterator(numbers))
+    saver = tf1.train.Saver()
+    saved = SaverTensors.of(saver.saver_def, session.graph)
+    session.graph.finalize()
+    session.run([start, numbers.initializer])
+    session.run(following)
+    state = saved.state(Fetch(session, saved.fetches)())
+    saver.save(session, str(tmp_path / "model"))
+    stored = open_checkpoint(open_store(tmp_path), "model")
+    names = [name for name in stored.names if stored.tensor(name).dtype == "variant"]
+    assert [name for name, leaf in state.items() if isinstance(leaf, Variants)] == names != []
+    for name in names:
+        expected = np.empty(stored.tensor(name).shape, object)
+        read_boxes(stored, [(name, Box.whole(expected.shape), expected)])
+        assert state[name].shape == expected.shape
+        assert list(state[name].values) == expected.tolist()
+
+
+def test_a_variant_that_nobody_saves(session: Any) -> None:
+    with pytest.raises(StateError, match=r"'.*' is a variant that no Saver saves"):
+        Fetch(session, [tf1.data.Dataset.range(3)._variant_tensor])()

@@ -20,6 +20,7 @@ from ray_ckpt.coordinator import run_id
 from ray_ckpt.errors import DamagedError, MismatchError, NoCheckpointError, UsageError
 from ray_ckpt.frontends.tensorflow import restore
 from ray_ckpt.frontends.tensorflow.saver_graph import SaverTensors
+from ray_ckpt.frontends.tensorflow.variants import is_variant
 from ray_ckpt.restore import open_checkpoint
 from ray_ckpt.storage import open_store
 from ray_ckpt.testing.servers import s3_server
@@ -44,10 +45,10 @@ def save_with_tensorflow(path: Path, step: int, seed: float) -> None:
 
 
 def values(session: Any, saver: Any) -> dict[str, list[Any]]:
-    """What the session holds, by name; a table's items in order."""
-    saved = SaverTensors.of(saver.saver_def, session.graph)
+    """What the session holds, by name, without iterators; a table's items in order."""
+    tensors = [t for t in SaverTensors.of(saver.saver_def, session.graph).tensors if not is_variant(t.tensor)]
     found: dict[str, list[Any]] = {}
-    for target, value in zip(saved.tensors, session.run(saved.fetches), strict=True):
+    for target, value in zip(tensors, session.run([t.tensor for t in tensors]), strict=True):
         plain = np.asarray(value).tolist()
         found.setdefault(target.name, []).append(sorted(plain) if target.name.startswith("table") else plain)
     return found
@@ -129,6 +130,25 @@ def test_a_saver_that_reshapes(graph: Any, tmp_path: Path) -> None:
     with tf1.Session() as session:
         assert ray_ckpt.restore_session(session, tmp_path, saver) == 1
         assert value(session, "v") == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_the_state_of_iterators(graph: Any, tmp_path: Path) -> None:
+    """It goes on where it was saved, beside variables of other kinds."""
+    numbers = tf1.data.make_initializable_iterator(tf1.data.Dataset.range(100).shuffle(10, seed=1))
+    following = numbers.get_next()
+    start = [mixed(2.0), numbers.initializer]
+    tf1.add_to_collection("saveable_objects", tf.data.experimental.make_saveable_from_iterator(numbers))
+    saver = tf1.train.Saver()
+    graph.finalize()
+    with tf1.Session() as session:
+        session.run(start)
+        session.run(following)
+        saver.save(session, str(tmp_path / "model.ckpt"), 4)
+        expected = [session.run(following) for _ in range(20)]
+        before = values(session, saver)
+        assert ray_ckpt.restore_session(session, tmp_path, saver) == 4
+        assert [session.run(following) for _ in range(20)] == expected
+        assert values(session, saver) == before
 
 
 def test_the_newest_or_the_step_asked_for(graph: Any, tmp_path: Path) -> None:

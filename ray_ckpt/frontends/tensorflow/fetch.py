@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from ray_ckpt.frontends.tensorflow.variants import is_variant, read_variants
+
 logger = logging.getLogger(__name__)
 
 _ABI = re.compile(r"__pybind11_internals_v\d+(\w+?)__")
@@ -49,17 +51,21 @@ class Fetch:
     def __call__(self) -> list[Any]:
         """The values in the order of the tensors, scalars as numpy's. Raises what `session.run` does."""
         arrays = self._direct.run() if self._direct else None
-        if arrays is None:
-            return list(self._session.run(self._tensors))
-        others = iter(self._session.run([t for t in self._tensors if not _is_plain(t)]))
-        plain = iter(arrays)
-        return [next(plain if _is_plain(t) else others) for t in self._tensors]
+        is_direct = _is_plain if arrays is not None else _never
+        run = [t for t in self._tensors if not is_direct(t) and not is_variant(t)]
+        found = {True: iter(arrays or ()), False: iter(self._session.run(run))}
+        variants = iter(read_variants(self._session, [t for t in self._tensors if is_variant(t)]))
+        return [next(variants if is_variant(t) else found[is_direct(t)]) for t in self._tensors]
 
 
 def _is_plain(tensor: Any) -> bool:
     """Whether the elements lie in memory as numpy has them."""
     dtype = tensor.dtype.base_dtype
     return dtype.name not in ("string", "resource", "variant") and not dtype.is_quantized
+
+
+def _never(_tensor: Any) -> bool:
+    return False
 
 
 class _TypeInfo(ctypes.Structure):
@@ -114,7 +120,10 @@ class _Direct:
             return None
         pointers = [_pointer(t.op._c_op, _OPERATION) for t in tensors]
         found = [pointer for pointer in pointers if pointer]
-        return cls(api, session, found, tensors) if len(found) == len(tensors) else None
+        if len(found) < len(tensors):
+            logger.info("tensors are fetched by session.run, which copies them: pybind11 does not tell where ops lie")
+            return None
+        return cls(api, session, found, tensors)
 
     def run(self) -> list[Any] | None:
         """The arrays; None if it failed: `session.run` then says why."""

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from ray_ckpt.bundle import VARIANT, StoredTensor, dtype_of
+from ray_ckpt.bundle import StoredTensor, dtype_of
 from ray_ckpt.catalog import Options, Url, open_for_reading, with_checkpoint
 from ray_ckpt.errors import MismatchError, ObjectMissingError, UsageError
 from ray_ckpt.frontends.tensorflow.saver_graph import GraphTensor, RestoreTensors, SaverTensors
+from ray_ckpt.frontends.tensorflow.variants import is_variant, run_with_variants
 from ray_ckpt.log import live_checkpoints
 from ray_ckpt.restore import StoredCheckpoint, check_extents, read_boxes
 from ray_ckpt.target.differences import SHOWN, near_miss
@@ -109,8 +110,6 @@ class _Target:
         """How the tensor in the checkpoint cannot be what the graph needs; "" if it can."""
         found, part = self.found, self.found.part
         dtype = found.tensor.dtype.base_dtype.name
-        if stored.dtype == VARIANT:
-            return "is a variant (an iterator's state), which cannot be fed"
         if stored.dtype != dtype:
             return f"is {stored.dtype}, the graph has {dtype}"
         if part is not None:
@@ -200,11 +199,19 @@ def _restore(session: Any, targets: _Targets, stored: StoredCheckpoint) -> int:
     check_extents(stored, {target.found.name for target in targets.targets})
     for group in _groups(targets, stored):
         chosen = [targets.targets[i] for i in sorted({i for assignment in group for i in assignment.targets})]
-        arrays = _read(chosen, stored)
-        feeds = {target.found.tensor: array for target, array in zip(chosen, arrays, strict=True)}
-        session.run([assignment.op for assignment in group], feeds)
+        arrays = zip((target.found.tensor for target in chosen), _read(chosen, stored), strict=True)
+        _assign(session, group, dict(arrays))
     logger.info("restored %d tensors of step %d from %s", len(targets.targets), step, stored.where)
     return step
+
+
+def _assign(session: Any, group: Sequence[_Assignment], values: Mapping[Any, Array]) -> None:
+    """Run assignments with these values in place of what would be restored."""
+    ops = [assignment.op for assignment in group]
+    if any(map(is_variant, values)):
+        run_with_variants(session, ops, values)
+    else:
+        session.run(ops, values)
 
 
 def _step(stored: StoredCheckpoint) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 
 from ray_ckpt.bundle.slice_spec import parse_slice_spec
 from ray_ckpt.errors import StateError, UsageError
-from ray_ckpt.leaves import Slice, Slices
+from ray_ckpt.leaves import Slice, Slices, Variants
 from ray_ckpt.tree import Named
 from ray_ckpt.types import Box, Shape
 
@@ -68,11 +68,11 @@ class SaverTensors:
 
     @property
     def fetches(self) -> list[Any]:
-        """What to ask `session.run` for: the tensors that are saved."""
+        """The tensors that are saved: what to ask `session.run` or `fetch.Fetch` for; the first has no variants."""
         return [found.tensor for found in self.tensors]
 
     def state(self, values: Sequence[Any]) -> Named:
-        """The state to be saved, from the values of `fetches`: arrays, `Slice`, or `Slices` by name.
+        """The state to be saved, from the values of `fetches`: arrays, `Variants`, `Slice` or `Slices` by name.
 
         Raises:
             StateError: two tensors have one name, parts of one name do not belong to one tensor, or a value has
@@ -81,7 +81,7 @@ class SaverTensors:
         parts: dict[str, list[Slice]] = {}
         state = Named()
         for found, value in zip(self.tensors, values, strict=True):
-            array = _array(value)
+            array = _leaf(value)
             if found.name in state or (found.part is None and found.name in parts):
                 raise StateError(f"the Saver saves two tensors as {found.name!r}; give its var_list other names")
             if found.part is None:
@@ -177,7 +177,9 @@ def _texts(op: Any, i: int) -> list[str]:
     return [text.decode() for text in value.tolist()]
 
 
-def _array(value: Any) -> np.ndarray[Any, Any]:
+def _leaf(value: Any) -> Any:
+    if isinstance(value, Variants):
+        return value
     # A scalar string is fetched as bytes, of which numpy would cut trailing zeros.
     if isinstance(value, (bytes, str)):
         return np.array(value, object)
