@@ -350,3 +350,12 @@ def test_what_tensorflow_wrote(tmp_path: Path, method: str) -> None:
     target.matrix.assign(tf.zeros((2, 3)))
     assert restored(target, stored).matrix.numpy().tolist() == [[0, 1, 2], [3, 4, 5]]
     assert int(target.save_counter) == (1 if method == "save" else 0)
+
+
+def test_what_has_no_object_graph(tmp_path: Path) -> None:
+    fits, other = save([{"name": np.float32(3)}]), save([{"another": np.float32(3)}])
+    for partial in (False, True):
+        # TensorFlow goes by the variables' names then.
+        assert float(restored(tf.train.Checkpoint(v=tf.Variable(0.0, name="name")), fits, partial=partial).v) == 3
+    with pytest.raises(MismatchError, match=r"does not fit this tf\.train\.Checkpoint"):
+        restored(tf.train.Checkpoint(v=tf.Variable(0.0, name="name")), other)
