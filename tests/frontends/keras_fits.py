@@ -32,17 +32,19 @@ class Interrupt(keras.callbacks.Callback):
 
 
 class Listener(keras.callbacks.Callback):
-    """Which batches were heard of, as (epoch, batch)."""
+    """Which batches were heard of, as (epoch, batch), and how often the model was trained before each epoch."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.heard: list[tuple[int, int]] = []
+        self.batches: list[tuple[int, int]] = []
+        self.iterations: list[int] = []
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self._epoch = epoch
+        self.iterations.append(int(self.model.optimizer.iterations))
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        self.heard.append((self._epoch, batch))
+        self.batches.append((self._epoch, batch))
 
 
 class Scores(keras.callbacks.Callback):

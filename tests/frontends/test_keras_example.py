@@ -71,3 +71,15 @@ def test_killed_and_run_again(tmp_path: Path, backend: str) -> None:
     assert 0 < batches < 3 * 282, "it began anew, or had ended"
     # Weights and history; the first lines tell where each began.
     assert resumed[-3:-1] == expected[-3:-1]
+
+
+@pytest.mark.slow
+def test_mirrored_variables(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.frontends.keras_mirrored", run_dir(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250, check=False)
+    assert done.returncode == 0, done.stderr
+    whole, resumed = (json.loads(line) for line in done.stdout.splitlines())
+    assert resumed["weights"] == whole["weights"]
+    for name, values in whole["history"].items():
+        # Sums are divided among the replicas anew: the resumed epoch's may differ in the last bit.
+        assert resumed["history"][name] == pytest.approx(values, rel=1e-6)

@@ -23,6 +23,9 @@ _WORKER = "keras/worker"
 """Leaf of each worker: JSON with history, logs and random states."""
 
 
+_BACKENDS = ("tensorflow", "jax")
+
+
 @dataclass(slots=True)
 class _Position:
     """Where the training is. ``step`` names checkpoints and never goes back; the others begin anew with a training.
@@ -51,6 +54,15 @@ class _Record:
     now: dict[str, Any] | None = None
 
 
+def _check_backend(backend: str) -> None:
+    """Raise `UsageError` for a backend whose random state cannot be restored."""
+    if backend not in _BACKENDS:
+        raise UsageError(
+            f"BackupAndRestore resumes fit() of the backends {' and '.join(_BACKENDS)}, found {backend!r}, whose"
+            " random state lies outside of Keras: use ModelCheckpoint, or ray_ckpt.Checkpointer in a loop"
+        )
+
+
 class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]
     """Saves a training, and resumes it at the epoch and batch of its newest checkpoint when `fit` is called again.
 
@@ -62,7 +74,8 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]
 
     That needs data in an order that a new process finds again: arrays (shuffled or not, after
     `keras.utils.set_random_seed`), or a dataset whose order is the same in each epoch. The state of other callbacks
-    (`EarlyStopping`, ...) is not saved, nor is TensorFlow's own random state.
+    (`EarlyStopping`, ...) is not saved, nor is TensorFlow's own random state. With a `tf.distribute` strategy the
+    sums of running metrics are divided among replicas anew, which may change the last bit of the resumed epoch's.
 
     Args:
         directory_url: directory or bucket of this callback's own; any URL of `ray_ckpt.Checkpointer`.
@@ -93,6 +106,7 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]
         **settings: Any,
     ) -> None:
         super().__init__()
+        _check_backend(keras.backend.backend())
         check_frequency(save_freq)
         check_settings("BackupAndRestore", settings, ("save_steps", "save_secs", "fresh", "max_to_keep"))
         self.directory_url = as_url(directory_url)
