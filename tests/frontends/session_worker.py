@@ -22,12 +22,13 @@ def values(step: int) -> dict[str, Any]:
         "own_0": np.full(2, step, np.float32),
         "own_1": np.full(2, 2 * step, np.float32),
         "rows_0": np.arange(8, dtype=np.float32).reshape(4, 2) + step,
+        "both": np.arange(8, dtype=np.float32).reshape(4, 2) - step,
         "table": np.arange(20, dtype=np.float32).reshape(10, 2) + step,
     }
 
 
 def build(rank: int, scale: float = 1.0) -> Any:
-    """A worker's graph: what all have, what it alone has, a partitioned variable, its rows of a table; the train op."""
+    """A worker's graph: what all have, what it alone has, its rows of a table, partitions; the train op."""
     import tensorflow as tf
 
     tf1 = tf.compat.v1
@@ -41,17 +42,23 @@ def build(rank: int, scale: float = 1.0) -> Any:
     updates = [shared.assign_add(tf.fill([3], scale)), own.assign_add([rank + 1.0] * 2)]
     updates.append(table.assign_add(tf.ones(held.shape)))
     if rank == 0:
-        parts = tf1.get_variable(
-            "rows_0",
-            (4, 2),
-            initializer=lambda shape, dtype=None, partition_info=None: tf.constant(
-                start["rows_0"][partition_info.var_offset[0] :][: shape[0]]
-            ),
-            partitioner=tf1.fixed_size_partitioner(2),
-        )
-        updates += [part.assign_add(tf.ones(part.shape)) for part in parts]
+        updates += [part.assign_add(tf.ones(part.shape)) for part in _partitioned("rows_0")]
+    updates += [part.assign_sub(tf.ones(part.shape)) for part in _partitioned("both")]
     with tf.control_dependencies(updates):
         return tf1.train.get_or_create_global_step().assign_add(1)
+
+
+def _partitioned(name: str) -> Any:
+    """A variable of four rows in two partitions."""
+    import tensorflow as tf
+
+    start = values(0)[name]
+
+    def initial(shape: Any, dtype: Any = None, partition_info: Any = None) -> Any:
+        return tf.constant(start[partition_info.var_offset[0] :][: shape[0]])
+
+    halves = tf.compat.v1.fixed_size_partitioner(2)
+    return tf.compat.v1.get_variable(name, start.shape, initializer=initial, partitioner=halves)
 
 
 class SessionWorker:

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import ray_ckpt
+from ray_ckpt.coordinator import run_id
 from ray_ckpt.errors import StateError
 from ray_ckpt.frontends.tensorflow import fetch
 from ray_ckpt.frontends.tensorflow.fetch import Fetch
@@ -18,6 +20,7 @@ from ray_ckpt.leaves import Variants
 from ray_ckpt.restore import open_checkpoint, read_boxes
 from ray_ckpt.storage import open_store
 from ray_ckpt.types import Box
+from tests.cluster import RUNS
 from tests.frontends.graphs import mixed
 
 tf1 = tf.compat.v1
@@ -136,3 +139,25 @@ def test_iterators(session: Any, is_direct: bool, tmp_path: Path) -> None:
 def test_a_variant_that_nobody_saves(session: Any) -> None:
     with pytest.raises(StateError, match=r"'.*' is a variant that no Saver saves"):
         Fetch(session, [tf1.data.Dataset.range(3)._variant_tensor])()
+
+
+@pytest.mark.xdist_group("ray")
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_hook_holds_on_to_nothing_that_it_has_fetched(tmp_path: Path) -> None:
+    """Else the next update of a variable would have to make a copy of it."""
+    RUNS.add(run_id(str(tmp_path)))
+    with tf.Graph().as_default():
+        variable = tf1.get_variable("v", initializer=np.zeros(1000), use_resource=True)
+        add = tf.raw_ops.AssignAddVariableOp(resource=variable.handle, value=tf.ones(1000, tf.float64))
+        with tf.control_dependencies([add]):
+            train = tf1.train.get_or_create_global_step().assign_add(1)
+        read = variable.read_value()
+        hook = ray_ckpt.CheckpointSaverHook(str(tmp_path), save_steps=2)
+        places = set()
+        with tf1.train.MonitoredSession(hooks=[hook]) as session:
+            values = Fetch(session.run_step_fn(lambda step_context: step_context.session), [read])
+            for _ in range(6):
+                session.run(train)
+                places.add(values()[0].ctypes.data)
+    assert [checkpoint.step for checkpoint in ray_ckpt.checkpoints(tmp_path)] == [0, 2, 4, 6]
+    assert len(places) == 1
