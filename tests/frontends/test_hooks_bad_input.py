@@ -162,6 +162,7 @@ def test_a_copy_in_another_process_is_not_a_fork(folder: str, monkeypatch: pytes
     [
         ({"on_error": "never"}, "on_error must be"),
         ({"writers_per_host": 0}, "writers_per_host must be positive"),
+        ({"steps_per_run": 0}, "steps_per_run must be positive"),
         ({"timeouts": 3.0}, "timeouts must be"),
     ],
 )

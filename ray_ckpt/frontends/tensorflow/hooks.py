@@ -16,7 +16,7 @@ import ray
 import tensorflow as tf
 from tensorflow.python.training import training_util
 
-from ray_ckpt.checkpointer.settings import DEFAULT_TIMEOUTS, Timeouts, check_local, who_am_i
+from ray_ckpt.checkpointer.settings import DEFAULT_TIMEOUTS, Timeouts, check_local, check_positive, who_am_i
 from ray_ckpt.errors import RayCkptError, SaveError, StorageError, UsageError
 from ray_ckpt.frontends.tensorflow.restore import restore_session
 from ray_ckpt.frontends.tensorflow.session_saves import Place, SessionSaves, Taken
@@ -111,6 +111,7 @@ class CheckpointSaverHook(tf.compat.v1.train.CheckpointSaverHook):  # type: igno
             listeners=listeners,
             save_graph_def=save_graph_def,
         )
+        check_positive("steps_per_run", steps_per_run, whole=True)
         self._set_steps_per_run(steps_per_run)
         _check(type(self).__name__, settings)
         options: dict[str, Any] = {"on_error": "raise", **settings}
@@ -123,7 +124,6 @@ class CheckpointSaverHook(tf.compat.v1.train.CheckpointSaverHook):  # type: igno
         self._files: SideFiles | None = None
         self._kept: tuple[Any, int | None] | None = None
         self._stop = False
-        self._is_ending = False
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # What was pickled may be used in the process that it was sent to.
@@ -136,7 +136,9 @@ class CheckpointSaverHook(tf.compat.v1.train.CheckpointSaverHook):  # type: igno
         self._check_process()
         self._settle_unended()
         self._rank, self._world_size = who_am_i(self._options.get("rank"), self._options.get("world_size"))
-        self._place = Place(os.path.dirname(self._save_path) or ".", os.path.basename(self._save_path), self._options)
+        # One worker raises by itself; several are stopped by the `Checkpointer`, all at one step.
+        options = {**self._options, "on_error": "warn"} if self._world_size == 1 else self._options
+        self._place = Place(os.path.dirname(self._save_path) or ".", os.path.basename(self._save_path), options)
         self._files = self._side_files() if self._rank == 0 else None
         self._summary_writer = self._files and self._files.events
         self._global_step_tensor = training_util._get_or_create_global_step_read()
@@ -153,7 +155,6 @@ class CheckpointSaverHook(tf.compat.v1.train.CheckpointSaverHook):  # type: igno
     def after_create_session(self, session: Any, coord: Any) -> None:  # noqa: ARG002 (TensorFlow's interface)
         """Write the graph, and save the session as it is: fresh, restored, or restored after it was lost."""
         self._check_process()
-        self._is_ending = False
         lost, self._saves = self._saves, None
         if lost is not None:
             self._settle(lost, session)
@@ -202,8 +203,8 @@ class CheckpointSaverHook(tf.compat.v1.train.CheckpointSaverHook):  # type: igno
         saves = self._saves
         if saves is None or saves.session is not session or saves.pid != os.getpid():
             raise self._misuse(session)
-        if saves.is_pending or self._stop:
-            self._stop = self._tell(session) or self._stop
+        if saves.is_pending:
+            self._stop = self._tell(session, raises=self._world_size == 1) or self._stop
         bound = run_values.results + self._steps_per_run
         agreed = saves.job.reached(int(bound))
         if agreed or self._timer.should_trigger_for_step(bound):
@@ -215,9 +216,11 @@ class CheckpointSaverHook(tf.compat.v1.train.CheckpointSaverHook):  # type: igno
 
     def _look(self, session: Any, step: Any, agreed: bool) -> None:
         saves = self._of(session)
-        if agreed and saves.offer(step, lambda: self._before(session, step)):
+        taken = agreed and saves.offer(step, lambda: self._before(session, step))
+        self._stop = self._stop or saves.job.should_stop
+        if taken:
             self._timer.update_last_triggered_step(step)
-            self._stop = self._taken(session) or saves.job.should_stop or self._stop
+            self._stop = self._taken(session) or self._stop
         elif self._timer.should_trigger_for_step(step):
             self._timer.update_last_triggered_step(step)
             if self._by_secs and self._world_size > 1:
@@ -230,13 +233,14 @@ class CheckpointSaverHook(tf.compat.v1.train.CheckpointSaverHook):  # type: igno
     def end(self, session: Any) -> None:
         """Save the last step if it is not saved yet, wait for all saves, and let go of everything."""
         saves = self._of(session)
-        self._is_ending = True
         try:
             last_step = session.run(self._global_step_tensor)
-            self._wait(session)
+            failure = self._failure_under_way(session)
             if last_step != saves.last_step:
                 self._save(session, last_step)
                 self._wait(session)
+            if failure is not None:
+                raise failure
             for listener in self._listeners:
                 listener.end(session, last_step)
             saves.close()
@@ -244,6 +248,14 @@ class CheckpointSaverHook(tf.compat.v1.train.CheckpointSaverHook):  # type: igno
                 self._files.name_newest()
         finally:
             self._let_go(saves)
+
+    def _failure_under_way(self, session: Any) -> SaveError | None:
+        """The failure of an earlier save is told after the last one: it must not cost that too."""
+        try:
+            self._wait(session)
+        except SaveError as error:
+            return error
+        return None
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Wait until no save of this hook is under way, and tell listeners of those that were committed.
@@ -255,7 +267,7 @@ class CheckpointSaverHook(tf.compat.v1.train.CheckpointSaverHook):  # type: igno
         saves = self._saves
         if saves is not None:
             saves.wait(timeout_s)
-            self._stop = self._tell(saves.session) or self._stop
+            self._stop = self._tell(saves.session, raises=True) or self._stop
 
     # -- saves ------------------------------------------------------------------------------------------------
 
@@ -278,7 +290,7 @@ class CheckpointSaverHook(tf.compat.v1.train.CheckpointSaverHook):  # type: igno
 
     def _wait(self, session: Any) -> bool:
         self._of(session).wait()
-        return self._tell(session)
+        return self._tell(session, raises=True)
 
     @property
     def _waits(self) -> bool:
@@ -287,20 +299,21 @@ class CheckpointSaverHook(tf.compat.v1.train.CheckpointSaverHook):  # type: igno
             return self._blocking
         return not self._never_waits and _have_after_save(self._listeners)
 
-    def _tell(self, session: Any) -> bool:
+    def _tell(self, session: Any, *, raises: bool) -> bool:
         """Everything that follows a commit, for the saves that have ended; whether a listener asks for a stop."""
         should_stop = False
         for taken, outcome in self._of(session).decided():
-            if self._followed(taken, outcome) and self._after(session, taken.step) and not taken.first:
+            if self._followed(taken, outcome, raises=raises) and self._after(session, taken.step) and not taken.first:
                 should_stop = True
         return should_stop
 
-    def _followed(self, taken: Taken, outcome: SaveOutcome) -> bool:
-        """Files and the Saver's own list, after a commit. False if the save failed."""
+    def _followed(self, taken: Taken, outcome: SaveOutcome, *, raises: bool) -> bool:
+        """Files and the Saver's own list, after a commit. False if the save failed, and that is not raised."""
         saves = self._saves
         assert saves is not None
+        raises = raises and self._options["on_error"] == "raise"
         if outcome.state == "failed":
-            self._complain(SaveError(f"{self._save_path}: step {taken.step} was not saved: {outcome.error}"))
+            _complain(SaveError(f"{self._save_path}: step {taken.step} was not saved: {outcome.error}"), raises)
             return False
         if self._files is not None:
             try:
@@ -309,16 +322,10 @@ class CheckpointSaverHook(tf.compat.v1.train.CheckpointSaverHook):  # type: igno
                     # They look for the newest checkpoint, and must find this one.
                     self._files.name_newest()
             except StorageError as error:
-                self._complain(error)
+                _complain(error, raises)
             self._files.log_checkpoint(taken.step)
         _record(saves.saver, os.path.join(self._place.url, outcome.prefix))
         return True
-
-    def _complain(self, error: RayCkptError) -> None:
-        if self._options["on_error"] == "raise" and (self._world_size == 1 or self._waits or self._is_ending):
-            raise error
-        # Several workers that do not wait are all stopped at one step by the `Checkpointer`, if on_error says so.
-        logging.warning("%s", error)
 
     def _after(self, session: Any, step: Any) -> bool:
         logging.info("Calling checkpoint listeners after saving checkpoint %d...", step)
@@ -344,7 +351,7 @@ class CheckpointSaverHook(tf.compat.v1.train.CheckpointSaverHook):  # type: igno
         try:
             saves.wait(timeouts.settle_s)
             for taken, outcome in saves.decided():
-                if self._followed(taken, outcome) and session is not None:
+                if self._followed(taken, outcome, raises=False) and session is not None:
                     self._stop = (self._after(session, taken.step) and not taken.first) or self._stop
         except RayCkptError as error:
             logging.warning("The saves that were under way when a session ended have not all succeeded: %s", error)
@@ -423,9 +430,12 @@ _USED: weakref.WeakSet[CheckpointSaverHook] = weakref.WeakSet()
 @atexit.register
 def _settle_all() -> None:
     """Training that ended in an exception never called `end`; this runs before Ray's own end."""
-    for hook in list(_USED):
-        if hook._pid == os.getpid():
+    for hook in [hook for hook in _USED if hook._pid == os.getpid() and ray.is_initialized()]:
+        try:
             hook._settle_unended()
+        except Exception as error:
+            # Not this Ray any more. Others have to end, too.
+            logging.warning("A hook could not finish its saves as the process ends: %r", error)
 
 
 def _check(name: str, settings: Mapping[str, Any]) -> None:
@@ -434,6 +444,12 @@ def _check(name: str, settings: Mapping[str, Any]) -> None:
         raise TypeError(f"{name}() got an unexpected keyword argument {unknown[0]!r}")
     timeouts = settings.get("timeouts", DEFAULT_TIMEOUTS)
     check_local(settings.get("on_error", "raise"), timeouts, settings.get("writers_per_host", 1))
+
+
+def _complain(error: RayCkptError, raises: bool) -> None:
+    if raises:
+        raise error
+    logging.warning("%s", error)
 
 
 def _have_after_save(listeners: Iterable[Any]) -> bool:
