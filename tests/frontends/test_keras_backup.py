@@ -227,6 +227,8 @@ def test_a_wrong_save_freq(tmp_path: Path, save_freq: Any) -> None:
 def test_wrong_settings(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="decides save_steps itself"):
         ray_ckpt.BackupAndRestore(tmp_path, save_steps=5)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'max_to_kep'"):
+        ray_ckpt.ModelCheckpoint(tmp_path, max_to_kep=3)
     with pytest.raises(UsageError, match="is empty"):
         ray_ckpt.BackupAndRestore("")
 

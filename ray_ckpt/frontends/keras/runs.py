@@ -5,6 +5,7 @@ Keras tells callbacks nothing of a `fit` that ended by an exception, so what tha
 
 from __future__ import annotations
 
+import inspect
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -91,10 +92,13 @@ def leave_run(run: Run) -> None:
 
 
 def check_settings(callback: str, settings: dict[str, Any], owned: tuple[str, ...]) -> None:
-    """Raise `UsageError` for settings of the Checkpointer that the callback makes itself."""
-    for name in owned:
-        if name in settings:
+    """Raise `UsageError` for settings that the callback makes itself, TypeError for those that there are not."""
+    known = inspect.signature(Checkpointer).parameters
+    for name in settings:
+        if name in owned:
             raise UsageError(f"{callback} decides {name} itself: use save_freq, or ray_ckpt.Checkpointer in a loop")
+        if name not in known:
+            raise TypeError(f"{callback}() got an unexpected keyword argument {name!r}")
 
 
 def as_url(directory_url: Any) -> str:

@@ -1,0 +1,65 @@
+"""Two workers that train replicas of one model: one checkpoint of both, with a random state for each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("keras")
+
+import ray
+
+import ray_ckpt
+from tests.frontends.keras_fits import run_dir
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
+
+
+@ray.remote(num_cpus=1, max_retries=0)
+def work(path: str, rank: int, seed: int, interrupt: tuple[int, int] | None) -> Any:
+    """One worker: the outcome of its training, and what it drew from Python's random numbers in each epoch."""
+    import random
+
+    import keras
+
+    from tests.frontends.keras_fits import fit, outcome
+
+    drawn: list[float] = []
+
+    class Draw(keras.callbacks.Callback):
+        def on_train_begin(self, logs: Any = None) -> None:
+            # Else both workers would draw the same.
+            random.seed(100 * seed + rank)
+
+        def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+            drawn.append(random.random())
+
+    settings: Any = {"rank": rank, "world_size": 2, "delete_checkpoint": False}
+    callbacks = [Draw(), ray_ckpt.BackupAndRestore(path, 2, **settings)]
+    del settings["delete_checkpoint"]
+    callbacks.append(ray_ckpt.ModelCheckpoint(f"{path}/models", max_to_keep=1, **settings))
+    return outcome(fit(callbacks, seed=seed, interrupt=interrupt)), drawn
+
+
+def start(path: Path, seed: int = 1, interrupt: tuple[int, int] | None = None) -> list[Any]:
+    for name in ("", "models", "models/best"):
+        run_dir(path / name)
+    found: list[Any] = ray.get([work.remote(str(path), rank, seed, interrupt) for rank in (0, 1)], timeout=250)
+    return found
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_two_workers_resume(tmp_path: Path) -> None:
+    whole = start(tmp_path / "whole")
+    assert whole[0][0] == whole[1][0]
+    start(tmp_path / "run", interrupt=(1, 2))
+    resumed = start(tmp_path / "run", seed=2)
+    assert [outcome for outcome, _ in resumed] == [outcome for outcome, _ in whole]
+    for (_, drawn), (_, expected) in zip(resumed, whole, strict=True):
+        # The resumed epoch draws before it takes its state up, the last one after.
+        assert drawn[-1] == expected[-1]
+    (checkpoint,) = ray_ckpt.checkpoints(tmp_path / "run" / "models")
+    assert checkpoint.world_size == 2
+    assert [info.world_size for info in ray_ckpt.checkpoints(tmp_path / "run" / "models" / "best")] == [2]
