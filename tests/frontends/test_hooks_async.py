@@ -214,6 +214,42 @@ def test_who_waits_for_the_commit(
         assert list(fake_job.jobs[0].outcomes) == [0, 2] * waits
 
 
+class AnyObject:
+    """Has a listener's methods, but is none."""
+
+    def __init__(self) -> None:
+        self.before_save = self.end = lambda session, step: None
+        self.after_save = lambda session, step: step == 2
+
+    def begin(self) -> None:
+        """Nothing to do."""
+
+
+def test_a_listener_of_any_class_is_told_and_waited_for(fake_job: Any, folder: str) -> None:
+    fake_job.held = True
+    with driven(CheckpointSaverHook(folder, save_steps=2, listeners=[AnyObject()])) as driver:
+        assert list(fake_job.jobs[0].outcomes) == [0]
+        assert driver.run(2)
+
+
+def test_the_graph_is_exported_once(fake_job: Any, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    exported: list[int] = []
+    export = tf1.train.Saver.export_meta_graph
+
+    def counted(saver: Any) -> Any:
+        exported.append(tf1.get_default_graph().version)
+        return export(saver)
+
+    monkeypatch.setattr(tf1.train.Saver, "export_meta_graph", counted)
+    with driven(CheckpointSaverHook(folder, save_steps=1, blocking=True)) as driver:
+        driver.run(2)
+        assert len(exported) == 1
+        tf.constant(1.0)
+        driver.run(2)
+        assert len(exported) == 2
+    assert present(folder, ".meta") == [0, 1, 2, 3, 4]
+
+
 def test_before_snapshot_comes_after_the_listeners_and_before_the_values(fake_job: Any, folder: str) -> None:
     noted: list[Event] = []
     made: list[Any] = []

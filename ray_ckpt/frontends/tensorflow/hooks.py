@@ -135,6 +135,7 @@ class CheckpointSaverHook(tf.compat.v1.train.CheckpointSaverHook):  # type: igno
         """Make the folder and its event file, and the tensor that reads the global step; once a `MonitoredSession`."""
         self._check_process()
         self._settle_unended()
+        self._stop = False
         self._rank, self._world_size = who_am_i(self._options.get("rank"), self._options.get("world_size"))
         # One worker raises by itself; several are stopped by the `Checkpointer`, all at one step.
         options = {**self._options, "on_error": "warn"} if self._world_size == 1 else self._options
@@ -454,7 +455,8 @@ def _complain(error: RayCkptError, raises: bool) -> None:
 
 def _have_after_save(listeners: Iterable[Any]) -> bool:
     empty = tf.compat.v1.train.CheckpointSaverListener.after_save
-    return any(getattr(type(listener), "after_save", empty) is not empty for listener in listeners)
+    methods = [getattr(listener, "after_save", empty) for listener in listeners]
+    return any(getattr(method, "__func__", method) is not empty for method in methods)
 
 
 def _record(saver: Any, path: str) -> None:

@@ -63,7 +63,7 @@ class SideFiles:
         """The events of the graph and of its MetaGraphDef."""
         if self.events is not None:
             self.events.add_graph(graph)
-            self.events.add_meta_graph(_meta_graph(graph, saver))
+            self.events.add_meta_graph(tf.compat.v1.MetaGraphDef.FromString(self._meta_bytes(graph, saver)))
 
     def write_meta(self, prefix: str, graph: Any, saver: Any) -> None:
         """``<prefix>.meta``, for `import_meta_graph`. Raises `StorageError`."""
@@ -71,10 +71,11 @@ class SideFiles:
             self._store.put(graph_name(prefix), self._meta_bytes(graph, saver))
 
     def _meta_bytes(self, graph: Any, saver: Any) -> bytes:
-        """The MetaGraphDef; made again only when the graph has grown, since that takes seconds for a large one."""
+        """The MetaGraphDef. It is made again only when the graph has grown: that takes seconds for a large one."""
         known = self._meta
         if known is None or (known[0], known[1], known[2]) != (graph, saver, graph.version):
-            known = self._meta = (graph, saver, graph.version, _meta_graph(graph, saver).SerializeToString())
+            with graph.as_default():
+                known = self._meta = (graph, saver, graph.version, saver.export_meta_graph().SerializeToString())
         return known[3]
 
     def name_newest(self) -> None:
@@ -86,8 +87,3 @@ class SideFiles:
         if self.events is not None:
             kind = tf.compat.v1.SessionLog
             self.events.add_session_log(kind(status=kind.CHECKPOINT, checkpoint_path=self._save_path), step)
-
-
-def _meta_graph(graph: Any, saver: Any) -> Any:
-    with graph.as_default():
-        return saver.export_meta_graph()
