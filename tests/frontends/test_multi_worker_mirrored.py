@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tensorflow as tf
 
+import ray_ckpt
 from ray_ckpt.coordinator import run_id
 from tests.cluster import RUNS
 from tests.frontends.mirrored_loop import LENGTH, train
@@ -47,7 +48,8 @@ def test_two_workers_save_and_one_goes_on(tmp_path: Path) -> None:
         mine=tf.Variable(-1),
         data=iter(tf.data.Dataset.range(100)),
     )
-    target.restore(tf.train.latest_checkpoint(tmp_path / "run")).assert_consumed()
+    newest = ray_ckpt.checkpoints(tmp_path / "run")[-1].prefix
+    target.restore(f"{tmp_path}/run/{newest}").assert_consumed()
     assert target.weights.numpy().tolist() == first["weights"]
     assert (float(target.seen), int(target.mine), int(next(target.data))) == (10, 0, 5)
     (alone,) = run(tmp_path, 1, 7)

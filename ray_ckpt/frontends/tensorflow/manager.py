@@ -179,7 +179,7 @@ class CheckpointManager:
         return True
 
     def sync(self) -> None:
-        """Wait until all saves are committed.
+        """Wait until all saves are committed, and named in the `checkpoint` file.
 
         Raises:
             SaveError: one has failed; says why.
@@ -188,10 +188,16 @@ class CheckpointManager:
         if self._job is not None:
             try:
                 self._job.wait()
+                self._publish(self._job)
             finally:
                 self._tell()
 
     wait = sync
+
+    def _publish(self, job: Checkpointer) -> None:
+        """Have `tf.train.latest_checkpoint` find the last commit, in case the coordinator has not come to it yet."""
+        if job.rank == 0:
+            log.repair_state_file(self._store)
 
     def _tell(self) -> None:
         """Call the callbacks of committed saves."""
@@ -280,6 +286,7 @@ class CheckpointManager:
             return
         try:
             job.close()
+            self._publish(job)
         finally:
             atexit.unregister(self._close_at_exit)
             self._tell()
