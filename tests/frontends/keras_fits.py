@@ -9,6 +9,9 @@ from typing import Any
 import keras
 import numpy as np
 
+import ray_ckpt
+from tests.system.waiting import eventually
+
 BATCHES = 4
 """Batches in an epoch of `fit`."""
 EPOCHS = 3
@@ -121,3 +124,13 @@ def run_dir(path: Path) -> str:
     url = open_store(path).url
     RUNS.add(run_id(url))
     return str(path)
+
+
+def steps(path: Path) -> list[int]:
+    """The steps of the checkpoints in a directory."""
+    return [info.step for info in ray_ckpt.checkpoints(path)]
+
+
+def retention_leaves(path: Path, expected: list[int]) -> None:
+    """Wait for it: it acts after the commit that `fit` waits for."""
+    eventually(lambda: steps(path) == expected, f"{expected}, found {steps(path)}")
