@@ -229,9 +229,9 @@ class Driver:
 
 
 @contextmanager
-def driven(hook: Any, stride: int = 1) -> Iterator[Driver]:
-    """A hook in a raw session of a fresh model, from `begin` to `end`, in the default graph."""
-    made = model(stride)
+def driven(hook: Any, made: Model | None = None) -> Iterator[Driver]:
+    """A hook in a raw session of a fresh model, or of the one given, from `begin` to `end`, in the default graph."""
+    made = made or model()
     if not tf1.get_collection(tf1.GraphKeys.SAVERS):
         tf1.add_to_collection(tf1.GraphKeys.SAVERS, tf1.train.Saver())
     hook.begin()

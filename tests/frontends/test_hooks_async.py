@@ -178,6 +178,17 @@ def test_end_waits_for_the_saves_under_way_and_for_the_last(fake_job: Any, folde
     assert fake_job.jobs[0].ended == "closed"
 
 
+def test_a_stop_of_one_session_does_not_end_the_next(fake_job: Any, folder: str) -> None:
+    fake_job.held = True
+    hook = AsyncCheckpointSaverHook(folder, save_steps=2, listeners=[Listener("A", [], stop_at=(2,))])
+    with driven(hook) as driver:
+        driver.run(2)
+        hook.wait()
+    with tf.Graph().as_default(), driven(hook) as driver:
+        assert not driver.run(1)
+    assert len(fake_job.jobs) == 2
+
+
 def test_wait_tells_listeners_and_remembers_a_stop(fake_job: Any, folder: str) -> None:
     noted: list[Event] = []
     fake_job.held = True
@@ -230,24 +241,6 @@ def test_a_listener_of_any_class_is_told_and_waited_for(fake_job: Any, folder: s
     with driven(CheckpointSaverHook(folder, save_steps=2, listeners=[AnyObject()])) as driver:
         assert list(fake_job.jobs[0].outcomes) == [0]
         assert driver.run(2)
-
-
-def test_the_graph_is_exported_once(fake_job: Any, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    exported: list[int] = []
-    export = tf1.train.Saver.export_meta_graph
-
-    def counted(saver: Any) -> Any:
-        exported.append(tf1.get_default_graph().version)
-        return export(saver)
-
-    monkeypatch.setattr(tf1.train.Saver, "export_meta_graph", counted)
-    with driven(CheckpointSaverHook(folder, save_steps=1, blocking=True)) as driver:
-        driver.run(2)
-        assert len(exported) == 1
-        tf.constant(1.0)
-        driver.run(2)
-        assert len(exported) == 2
-    assert present(folder, ".meta") == [0, 1, 2, 3, 4]
 
 
 def test_before_snapshot_comes_after_the_listeners_and_before_the_values(fake_job: Any, folder: str) -> None:
@@ -350,46 +343,6 @@ def test_a_lost_session_is_another_start_and_what_it_saved_is_told(fake_job: Any
     assert (first.settings["keep_before"], second.settings["keep_before"]) == (0, 1)
 
 
-def test_the_savers_settings_say_what_is_kept(fake_job: Any, folder: str) -> None:
-    model()
-    saver = tf1.train.Saver(max_to_keep=3, keep_checkpoint_every_n_hours=2)
-    made = saver._next_checkpoint_time - 7200
-    hook = CheckpointSaverHook(
-        folder, save_steps=1, saver=saver, checkpoint_basename="deep/mine", delete_grace_s=1.0, writers_per_host=1
-    )
-    hook.begin()
-    for told_of in (False, True):
-        if told_of:
-            saver.set_last_checkpoints_with_time([(os.path.join(folder, "deep", "mine-0"), 1.0)])
-            hook._kept = None
-        with tf1.Session() as raw:
-            raw.run(tf1.global_variables_initializer())
-            hook.after_create_session(raw, None)
-            hook.end(raw)
-    first, second = fake_job.jobs
-    assert first.url == os.path.join(folder, "deep")
-    expected = {
-        "basename": "mine",
-        "max_to_keep": 3,
-        "keep_every_hours": 2.0,
-        "keep_hours_from": made,
-        "keep_before": 0,
-        "fresh": True,
-        "on_error": "warn",
-        "delete_grace_s": 1.0,
-        "writers_per_host": 1,
-    }
-    assert first.settings == expected
-    assert second.settings == {**expected, "keep_before": None}
-
-
-def test_by_default_all_but_five_go(fake_job: Any, folder: str) -> None:
-    with driven(CheckpointSaverHook(folder, save_steps=1)):
-        pass
-    settings = fake_job.jobs[0].settings
-    assert (settings["max_to_keep"], settings["keep_every_hours"]) == (5, None)
-
-
 def test_where_another_process_trains_too_the_save_is_named_after_its_values(fake_job: Any, folder: str) -> None:
     noted: list[Event] = []
     train_op: list[Any] = []
@@ -465,18 +418,6 @@ def test_after_an_exception_nothing_stays_once_the_hook_is_gone(fake_job: Any, f
     del hook
     gc.collect()
     assert fake_job.jobs[0].ended == "left"
-
-
-def test_the_savers_list_names_what_is_committed(fake_job: Any, folder: str) -> None:
-    fake_job.held = True
-    hook = AsyncCheckpointSaverHook(folder, save_steps=1)
-    with driven(hook) as driver:
-        saver = tf1.get_collection(tf1.GraphKeys.SAVERS)[0]
-        driver.run(1)
-        assert saver.last_checkpoints == []
-        fake_job.jobs[0].decide(0)
-        driver.run(1)
-        assert saver.last_checkpoints == [os.path.join(folder, "model.ckpt-0")]
 
 
 def test_a_run_that_saves_nothing_asks_the_session_for_nothing(fake_job: Any, folder: str) -> None:
