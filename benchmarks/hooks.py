@@ -3,8 +3,8 @@
 A MonitoredSession over 1 GiB of variables (24 big, 500 small), in a fresh process for each subject, in turns:
 
 - *lost a save*: a loop of steps with one save every so many, from the step that saves until just before the next one
-  would, less as many steps of the same loop without a hook, timed before and after in the same process. Each step updates
-  one big variable and multiplies for some milliseconds; the window is longer than a save takes.
+  would, less as many steps of the same loop without a hook, timed before and after in the same process. Each step
+  updates one big variable and multiplies for some milliseconds; the window is longer than a save takes.
 - *a run that saves nothing*: runs of a tiny graph, less the same runs without a hook, interleaved. TensorFlow's hook by
   default asks the session for the step a second time after each run that may have reached the next save.
 
