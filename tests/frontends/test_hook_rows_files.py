@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -246,14 +245,6 @@ def test_row_34_a_lost_session_is_restored_and_saved_again(make_any_hook: Make, 
     assert sorted(event[2] for event in noted if event[1] == "after") == [0, 2, 4, 4, 6]
     assert weights(folder) == (6, 60.0)
     assert weights(folder, 4) == (4, 40.0)
-
-
-def test_row_41_the_graph_is_the_sessions(make_any_hook: Make, folder: str, tmp_path: Path) -> None:
-    # TensorFlow's hook takes the default graph of the thread, which here is the session's; ours take no other.
-    train(make_any_hook(folder, save_steps=1), 1)
-    text = (tmp_path / "run" / "graph.pbtxt").read_text()
-    assert 'name: "weights"' in text
-    assert import_newest(folder) == 10.0
 
 
 def test_row_42_under_tf2_behaviour(stories: dict[str, Story]) -> None:

@@ -196,6 +196,24 @@ def test_row_40_a_listener_that_raises_raises_from_the_run_with_the_timer_set(ma
     assert saves(noted) == [0, 2, 4]
 
 
+@pytest.mark.parametrize("ours", OURS)
+def test_row_41_the_graph_is_the_sessions_whatever_the_default_is(fake_job: Any, folder: str, ours: Any) -> None:
+    hook = ours(folder, save_steps=1)
+    with tf.Graph().as_default() as graph:
+        model()
+        tf1.add_to_collection(tf1.GraphKeys.SAVERS, tf1.train.Saver())
+        hook.begin()
+        initialize = tf1.global_variables_initializer()
+    with tf1.Session(graph=graph) as raw, tf.Graph().as_default():
+        raw.run(initialize)
+        hook.after_create_session(raw, None)
+        hook.end(raw)
+    with open(os.path.join(folder, "graph.pbtxt")) as file:
+        assert 'name: "weights"' in file.read()
+    with open(os.path.join(folder, "model.ckpt-0.meta"), "rb") as meta:
+        assert "weights" in [node.name for node in tf1.MetaGraphDef.FromString(meta.read()).graph_def.node]
+
+
 def test_row_43_log_of_the_hook(make_hook: Make, folder: str) -> None:
     with logged() as lines:
         listener = Listener("A", [], stop_at=(1,))

@@ -110,8 +110,8 @@ def test_a_finalized_graph_is_saved_as_any_other(fake_job: Any, folder: str) -> 
 
 
 def test_a_hook_in_two_sessions_at_a_time(fake_job: Any, folder: str) -> None:
-    # Nothing is due where it is found out.
-    hook = CheckpointSaverHook(folder, save_steps=100)
+    # Nothing is due or to be told where it is found out.
+    hook = CheckpointSaverHook(folder, save_steps=100, blocking=True)
     made = model()
     with session(hook) as second_to_end:
         other = tf1.train.MonitoredSession(hooks=[hook])
