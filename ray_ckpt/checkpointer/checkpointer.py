@@ -279,10 +279,11 @@ class Checkpointer:
             return
         self._act(due, state)
 
-    def reached(self, bound: int) -> bool:
+    def reached(self, bound: int, stride: int | None = None) -> bool:
         """The loop is at most at step ``bound`` now: for loops that do not know their step after each one.
 
-        The bound is one of the steps that the loop comes to; where a run is of several steps, ``stride`` says so.
+        The bound is one of the steps that the loop comes to. Where a run is of several steps, ``stride`` says of how
+        many; the default is the setting of that name.
 
         True: a save or a stop has been agreed on, so call `step` with the real step after each run until this is
         false. Nothing is agreed on at or before the bound any more. Costs about a microsecond.
@@ -294,7 +295,7 @@ class Checkpointer:
         if link.trouble is not None:
             raise link.trouble
         with link.lock:
-            return link.logic.reached(bound)
+            return link.logic.reached(bound, stride)
 
     def outcome(self, step: int) -> SaveOutcome | None:
         """How the save of this step by this start ended; None while it is under way, or if there was none.

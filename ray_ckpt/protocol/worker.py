@@ -76,7 +76,7 @@ class WorkerLogic:
         self._waiting_step: int | None = None
         self._due_step: int | None = None
         self._roll_call = -1
-        self._stride = config.stride
+        self._stride = self._bound_stride = config.stride
         self._next_due = -1.0
         self._promised = -1
         self._sequence = 0
@@ -110,11 +110,14 @@ class WorkerLogic:
         self._due_step = step if due is not None and due.snapshot is not None else None
         return due
 
-    def reached(self, bound: int) -> bool:
+    def reached(self, bound: int, stride: int | None = None) -> bool:
         """The loop may be at any step up to ``bound`` now; whether one that it has not told of yet has been agreed on.
 
-        Nothing is accepted any more at or before the bound. While this is true, `arrive` must hear of each step.
+        ``stride``: from one of its steps to the next, where that is not the job's. Nothing is accepted any more at or
+        before the bound. While this is true, `arrive` must hear of each step.
         """
+        if stride is not None:
+            self._bound_stride = stride
         if bound > self.bound:
             self.bound = bound
         return self._promised > self.step and any(p.step > self.step for p in self._accepted.values())
@@ -297,7 +300,7 @@ class WorkerLogic:
             step=self.step,
             bound=self.bound,
             # A loop that tells a bound reports few of its steps: the gaps between them say nothing.
-            stride=self._stride if self.bound < 0 else self.config.stride,
+            stride=self._stride if self.bound < 0 else self._bound_stride,
             waiting_step=self._waiting_step,
             due_step=self._due_step,
             accepted=tuple(self._accepted.values()),

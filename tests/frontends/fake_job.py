@@ -25,7 +25,7 @@ class FakeJob:
         self.should_stop = False
         self.adopted: list[int | None] = []
         self.agreed: list[int] = []
-        self.bounds: list[int] = []
+        self.bounds: list[tuple[int, int | None]] = []
         self.requests: list[str] = []
         self.values: dict[int, dict[str, Any]] = {}
         self.outcomes: dict[int, SaveOutcome] = {}
@@ -43,8 +43,8 @@ class FakeJob:
     def adopt(self, step: int | None) -> None:
         self.adopted.append(step)
 
-    def reached(self, bound: int) -> bool:
-        self.bounds.append(bound)
+    def reached(self, bound: int, stride: int | None = None) -> bool:
+        self.bounds.append((bound, stride))
         return bool(self.agreed)
 
     def save(self, step: int, state: Callable[[], Any], *, force: bool = False) -> None:

@@ -277,8 +277,8 @@ def test_a_save_that_was_agreed_on_moves_the_timer(fake_job: Any, folder: str) -
         fake_job.jobs[0].should_stop = True
         assert driver.run(1)
     assert told(noted) == [0, 3, 7, 8, 9]
-    # The bound of each run: what was read with it, and the steps of one more run.
-    assert fake_job.jobs[0].bounds == [2, 3, 4, 5, 6, 7, 8, 9, 10]
+    # The bound of each run: what was read with it, and the steps of one more run; and how many those are.
+    assert fake_job.jobs[0].bounds == [(step, 1) for step in range(2, 11)]
 
 
 def test_several_workers_by_seconds_save_where_they_agree(fake_job: Any, folder: str) -> None:

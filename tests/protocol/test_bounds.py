@@ -45,6 +45,16 @@ def test_a_bound_beyond_the_step_of_a_save_does_not_make_it_hopeless() -> None:
     assert world.committed == [5]
 
 
+def test_a_loop_of_several_steps_a_run_is_met_at_one_that_it_comes_to() -> None:
+    world, job = _started()
+    for worker in job.workers:
+        worker.reached(300, 100)
+    job.workers[0].request("r", "wanted")
+    beat(world, job.hosts)
+    steps = {p.step for w in job.workers for p in w.report().accepted}
+    assert steps == {400}
+
+
 def test_the_gaps_between_the_steps_that_are_told_are_no_stride() -> None:
     world, job = _started()
     for worker in job.workers:

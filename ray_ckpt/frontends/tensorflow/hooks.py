@@ -206,9 +206,9 @@ class CheckpointSaverHook(tf.compat.v1.train.CheckpointSaverHook):  # type: igno
             raise self._misuse(session)
         if saves.is_pending:
             self._stop = self._tell(session, raises=self._world_size == 1) or self._stop
-        bound = run_values.results + self._steps_per_run
-        agreed = saves.job.reached(int(bound))
-        if agreed or self._timer.should_trigger_for_step(bound):
+        known_step = run_values.results
+        agreed = saves.reached(int(known_step), self._steps_per_run)
+        if agreed or self._timer.should_trigger_for_step(known_step + self._steps_per_run):
             # The real step, after the train op.
             self._look(session, session.run(self._global_step_tensor), agreed)
         if self._stop:

@@ -95,6 +95,7 @@ class SessionSaves:
             undo.pop_all()
         self.job = job
         self._passed = -1
+        self._known_step, self._run_steps = step, 0
         if self.keep_before == 0:
             # After another start of this job, what this one has saved is not older than the saver.
             self.keep_before = job.generation
@@ -118,6 +119,19 @@ class SessionSaves:
         # buffers, and an assignment to one that somebody still looks at makes a copy of it.
         self.job.save(int(step), lambda: held.pop() if held else self._read(step)[1], force=True)
         self._pending.append(Taken(step, self.job, first))
+
+    def reached(self, known_step: int, steps_per_run: int) -> bool:
+        """The session was at this step before or after the run that has just ended; as `Checkpointer.reached`.
+
+        What is agreed on must be a step that the loop comes to. So the runs themselves say how many steps they take;
+        ``steps_per_run`` counts until they have.
+        """
+        moved = known_step - self._known_step
+        if moved > 0:
+            self._known_step = known_step
+            self._run_steps = min(moved, self._run_steps or moved)
+        steps = self._run_steps or steps_per_run
+        return self.job.reached(known_step + steps, steps)
 
     def offer(self, step: Any, before: Callable[[], None]) -> bool:
         """Take a snapshot if one was agreed on for this step; ``before`` is called first then. True if it was taken.
