@@ -9,7 +9,8 @@ from __future__ import annotations
 import atexit
 import os
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import ray
@@ -17,10 +18,10 @@ import tensorflow as tf
 from tensorflow.python.training import training_util
 
 from ray_ckpt.checkpointer.settings import DEFAULT_TIMEOUTS, Timeouts, check_local, check_positive, who_am_i
-from ray_ckpt.errors import RayCkptError, SaveError, StorageError, UsageError
+from ray_ckpt.errors import RayCkptError, SaveError, UsageError
 from ray_ckpt.frontends.tensorflow.restore import restore_session
 from ray_ckpt.frontends.tensorflow.session_saves import Place, SessionSaves, Taken
-from ray_ckpt.frontends.tensorflow.side_files import SideFiles, opened_by_tensorflow
+from ray_ckpt.frontends.tensorflow.side_files import SideFiles, check_folder, opened_by_tensorflow
 from ray_ckpt.protocol.messages import SaveOutcome
 from ray_ckpt.storage import open_store
 
@@ -134,8 +135,10 @@ class CheckpointSaverHook(tf.compat.v1.train.CheckpointSaverHook):  # type: igno
     def begin(self) -> None:
         """Make the folder and its event file, and the tensor that reads the global step; once a `MonitoredSession`."""
         self._check_process()
+        self._pid = os.getpid()
         self._settle_unended()
         self._stop = False
+        check_folder(self._checkpoint_dir)
         self._rank, self._world_size = who_am_i(self._options.get("rank"), self._options.get("world_size"))
         # One worker raises by itself; several are stopped by the `Checkpointer`, all at one step.
         options = {**self._options, "on_error": "warn"} if self._world_size == 1 else self._options
@@ -201,11 +204,9 @@ class CheckpointSaverHook(tf.compat.v1.train.CheckpointSaverHook):  # type: igno
     def after_run(self, run_context: Any, run_values: Any) -> None:
         """Save if that is due, and tell of saves that have been committed since the last run."""
         session = run_context.session
-        saves = self._saves
-        if saves is None or saves.session is not session or saves.pid != os.getpid():
-            raise self._misuse(session)
+        saves = self._of(session)
         if saves.is_pending:
-            self._stop = self._tell(session, raises=self._world_size == 1) or self._stop
+            self._tell(session, raises=self._world_size == 1)
         known_step = run_values.results
         agreed = saves.reached(int(known_step), self._steps_per_run)
         if agreed or self._timer.should_trigger_for_step(known_step + self._steps_per_run):
@@ -213,50 +214,68 @@ class CheckpointSaverHook(tf.compat.v1.train.CheckpointSaverHook):  # type: igno
             self._look(session, session.run(self._global_step_tensor), agreed)
         if self._stop:
             self._stop = False
+            if self._world_size == 1:
+                run_context.request_stop()
+            else:
+                # One that stops alone leaves the others in their collectives, and saves a last step that they do not.
+                saves.job.request_stop("a CheckpointSaverListener asks for it")
+        if saves.job.should_stop:
             run_context.request_stop()
 
     def _look(self, session: Any, step: Any, agreed: bool) -> None:
         saves = self._of(session)
         taken = agreed and saves.offer(step, lambda: self._before(session, step))
-        self._stop = self._stop or saves.job.should_stop
+        due = self._timer.should_trigger_for_step(step)
+        # Some workers may refuse a step that others have accepted, and by steps all timers have to be alike.
+        if due or (taken and (self._by_secs or self._world_size == 1)):
+            self._timer.update_last_triggered_step(step)
         if taken:
-            self._timer.update_last_triggered_step(step)
-            self._stop = self._taken(session) or self._stop
-        elif self._timer.should_trigger_for_step(step):
-            self._timer.update_last_triggered_step(step)
-            if self._by_secs and self._world_size > 1:
-                # Clocks differ: the first rank's asks, and all workers save at a step that they agree on.
-                if self._rank == 0:
-                    saves.job.request_save("save_secs")
-            else:
-                self._stop = self._save(session, step) or self._stop
+            self._taken(session)
+        elif due and self._by_secs and self._world_size > 1:
+            # Clocks differ: the first rank's asks, and all workers save at a step that they agree on.
+            if self._rank == 0:
+                saves.job.request_save("save_secs")
+        elif due:
+            self._save(session, step)
 
     def end(self, session: Any) -> None:
-        """Save the last step if it is not saved yet, wait for all saves, and let go of everything."""
+        """Save the last step if it is not saved yet, wait for all saves, and let go of everything.
+
+        Whatever fails of the earlier saves does not cost the last one, and is raised after it, the first of it. A
+        last step whose save has failed is not tried again.
+        """
         saves = self._of(session)
+        failures: list[Exception] = []
         try:
             last_step = session.run(self._global_step_tensor)
-            failure = self._failure_under_way(session)
-            if last_step != saves.last_step:
-                self._save(session, last_step)
-                self._wait(session)
-            if failure is not None:
-                raise failure
+            self._finish(session, failures)
+            # Once more if workers did not agree on the step: now all are at their last.
+            for _ in range(2):
+                if last_step != saves.last_step:
+                    with _collected(failures):
+                        self._save(session, last_step)
+                    self._finish(session, failures)
+            if failures:
+                raise failures[0]
             for listener in self._listeners:
                 listener.end(session, last_step)
             saves.close()
             if self._files is not None:
-                self._files.name_newest()
+                try:
+                    self._files.name_newest()
+                except RayCkptError as error:
+                    _complain(error, self._options["on_error"] == "raise")
         finally:
             self._let_go(saves)
 
-    def _failure_under_way(self, session: Any) -> SaveError | None:
-        """The failure of an earlier save is told after the last one: it must not cost that too."""
-        try:
-            self._wait(session)
-        except SaveError as error:
-            return error
-        return None
+    def _finish(self, session: Any, failures: list[Exception]) -> None:
+        """Wait for the saves under way and tell of each one, whatever fails."""
+        saves = self._of(session)
+        with _collected(failures):
+            saves.wait()
+        for taken, outcome in saves.decided():
+            with _collected(failures):
+                self._tell_of(session, taken, outcome, raises=True)
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Wait until no save of this hook is under way, and tell listeners of those that were committed.
@@ -265,18 +284,17 @@ class CheckpointSaverHook(tf.compat.v1.train.CheckpointSaverHook):  # type: igno
             SaveError: one failed, and ``on_error`` is "raise".
             UnavailableError: not in time; names who is late.
         """
-        saves = self._saves
-        if saves is not None:
-            saves.wait(timeout_s)
-            self._stop = self._tell(saves.session, raises=True) or self._stop
+        if self._saves is not None:
+            session = self._saves.session
+            self._of(session).wait(timeout_s)
+            self._tell(session, raises=True)
 
     # -- saves ------------------------------------------------------------------------------------------------
 
-    def _save(self, session: Any, step: Any, *, first: bool = False) -> bool:
-        """Save this step; whether a listener asks for a stop."""
+    def _save(self, session: Any, step: Any, *, first: bool = False) -> None:
         self._before(session, step)
         self._of(session).take(step, first=first)
-        return self._taken(session)
+        self._taken(session)
 
     def _before(self, session: Any, step: Any) -> None:
         logging.info("Calling checkpoint listeners before saving checkpoint %d...", step)
@@ -286,12 +304,10 @@ class CheckpointSaverHook(tf.compat.v1.train.CheckpointSaverHook):  # type: igno
         if self._before_snapshot is not None:
             self._before_snapshot(session)
 
-    def _taken(self, session: Any) -> bool:
-        return self._wait(session) if self._waits else False
-
-    def _wait(self, session: Any) -> bool:
-        self._of(session).wait()
-        return self._tell(session, raises=True)
+    def _taken(self, session: Any) -> None:
+        if self._waits:
+            self._of(session).wait()
+            self._tell(session, raises=True)
 
     @property
     def _waits(self) -> bool:
@@ -300,13 +316,14 @@ class CheckpointSaverHook(tf.compat.v1.train.CheckpointSaverHook):  # type: igno
             return self._blocking
         return not self._never_waits and _have_after_save(self._listeners)
 
-    def _tell(self, session: Any, *, raises: bool) -> bool:
-        """Everything that follows a commit, for the saves that have ended; whether a listener asks for a stop."""
-        should_stop = False
+    def _tell(self, session: Any, *, raises: bool) -> None:
+        """Everything that follows a commit, for the saves that have ended."""
         for taken, outcome in self._of(session).decided():
-            if self._followed(taken, outcome, raises=raises) and self._after(session, taken.step) and not taken.first:
-                should_stop = True
-        return should_stop
+            self._tell_of(session, taken, outcome, raises=raises)
+
+    def _tell_of(self, session: Any, taken: Taken, outcome: SaveOutcome, *, raises: bool) -> None:
+        if self._followed(taken, outcome, raises=raises) and self._after(session, taken.step) and not taken.first:
+            self._stop = True
 
     def _followed(self, taken: Taken, outcome: SaveOutcome, *, raises: bool) -> bool:
         """Files and the Saver's own list, after a commit. False if the save failed, and that is not raised."""
@@ -322,7 +339,7 @@ class CheckpointSaverHook(tf.compat.v1.train.CheckpointSaverHook):  # type: igno
                 if _have_after_save(self._listeners):
                     # They look for the newest checkpoint, and must find this one.
                     self._files.name_newest()
-            except StorageError as error:
+            except RayCkptError as error:
                 _complain(error, raises)
             self._files.log_checkpoint(taken.step)
         _record(saves.saver, os.path.join(self._place.url, outcome.prefix))
@@ -363,7 +380,7 @@ class CheckpointSaverHook(tf.compat.v1.train.CheckpointSaverHook):  # type: igno
 
     def _of(self, session: Any) -> SessionSaves:
         saves = self._saves
-        if saves is None or saves.session is not session:
+        if saves is None or saves.session is not session or saves.pid != os.getpid():
             raise self._misuse(session)
         return saves
 
@@ -445,6 +462,17 @@ def _check(name: str, settings: Mapping[str, Any]) -> None:
         raise TypeError(f"{name}() got an unexpected keyword argument {unknown[0]!r}")
     timeouts = settings.get("timeouts", DEFAULT_TIMEOUTS)
     check_local(settings.get("on_error", "raise"), timeouts, settings.get("writers_per_host", 1))
+
+
+@contextmanager
+def _collected(failures: list[Exception]) -> Iterator[None]:
+    """Goes on after an error: the first one will be raised, others are logged."""
+    try:
+        yield
+    except Exception as error:
+        if failures:
+            logging.warning("As a session ended: %r", error)
+        failures.append(error)
 
 
 def _complain(error: RayCkptError, raises: bool) -> None:

@@ -94,7 +94,7 @@ class SessionSaves:
             job.adopt(max((s for s in job.all_steps() if s <= step), default=None))
             undo.pop_all()
         self.job = job
-        self._passed = -1
+        self._told = self._saved = -1
         self._known_step, self._run_steps = step, 0
         if self.keep_before == 0:
             # After another start of this job, what this one has saved is not older than the saver.
@@ -110,9 +110,9 @@ class SessionSaves:
             RayCkptError: the job cannot go on.
         """
         step, state = self._read(step)
-        if int(step) <= self._passed:
+        if int(step) < self._told or int(step) <= self._saved:
             self._start_anew(int(step))
-        self._passed = int(step)
+        self._told = self._saved = int(step)
         self.last_step = step
         held = [state]
         # Given as a function, since the `Checkpointer` holds on to what it is given: these are the variables' own
@@ -140,22 +140,29 @@ class SessionSaves:
             SaveError: all workers stop here, since saves have failed.
             RayCkptError: as `take`.
         """
-        if int(step) <= self._passed:
+        if int(step) <= self._told:
             return False
-        self._passed = int(step)
+        self._told = int(step)
         reads = []
+        calls = [before]
 
         def state() -> Named:
-            before()
+            for call in calls:
+                call()
             found, values = self._read(step)
             reads.append(found)
             return values
 
-        self.job.step(int(step), state)
+        try:
+            self.job.step(int(step), state)
+        finally:
+            # The `Checkpointer` holds on to the function, which must not hold on to who calls here.
+            calls.clear()
         if not reads:
             return False
         if reads[-1] != step:
             logger.warning("step %s is saved with the values of step %s: another process trains them", step, reads[-1])
+        self._saved = int(step)
         self.last_step = step
         self._pending.append(Taken(step, self.job, first=False))
         return True
@@ -171,7 +178,12 @@ class SessionSaves:
         return found, self._tensors.state(values)
 
     def _start_anew(self, step: int) -> None:
-        """The global step was set back: what was saved beyond it is not where training has come from."""
+        """The global step was set back: what was saved beyond it is not where training has come from.
+
+        Or the save of this step was given up: a job does not take a step twice.
+        """
+        # Raises if a newer start of the job has taken over: that is not to be taken back.
+        self.job.reached(step)
         with suppress(SaveError):
             self.job.wait()
         self.leave()
@@ -185,12 +197,19 @@ class SessionSaves:
         return bool(self._pending)
 
     def decided(self) -> Iterator[tuple[Taken, SaveOutcome]]:
-        """The saves that have ended since the last call, in the order of their snapshots."""
+        """The saves that have ended since the last call, in the order of their snapshots.
+
+        Not those that were given up because workers did not agree on the step: nothing is wrong with these.
+        """
         while self._pending:
             outcome = self._pending[0].job.outcome(int(self._pending[0].step))
             if outcome is None:
                 return
-            yield self._pending.popleft(), outcome
+            taken = self._pending.popleft()
+            if not outcome.quiet:
+                yield taken, outcome
+            elif taken.step == self.last_step:
+                self.last_step = None
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Wait until all saves are decided; how they ended is for `decided` to say.
@@ -210,4 +229,6 @@ class SessionSaves:
 
     def leave(self) -> None:
         """Leave at once: what lies in snapshot memory is saved without this process."""
-        self.job.leave()
+        # A fork has no part in the job, nor the threads that would answer it.
+        if self.pid == os.getpid():
+            self.job.leave()
