@@ -84,11 +84,12 @@ def test_a_saver_without_variables(fake_job: Any, folder: str) -> None:
     assert fake_job.jobs == []
 
 
+@pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("url", ["{}", "file://{}"])
-def test_a_directory_that_is_a_file(fake_job: Any, tmp_path: Path, url: str) -> None:
+def test_a_directory_that_is_a_file(fake_job: Any, tmp_path: Path, url: str, rank: int) -> None:
     path = tmp_path / "file"
     path.write_text("not a directory")
-    hook = CheckpointSaverHook(url.format(path), save_steps=2)
+    hook = CheckpointSaverHook(url.format(path), save_steps=2, rank=rank, world_size=2)
     with pytest.raises(UsageError, match="is a file: give a directory"):
         train(hook, 1)
     assert path.read_text() == "not a directory"
