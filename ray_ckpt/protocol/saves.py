@@ -359,6 +359,9 @@ class Saves:
         bare = f"{save.basename}-{save.step}"
         own = f"{save.attempt}/{bare}"
         for prefix in (bare, own) if save.step > self._ledger.head.high_water else (own,):
+            # The log does not know what plain TensorFlow has put here, and whose claim it were would be swept one day.
+            if prefix == bare and (yield HasIndex(bare)):
+                continue
             save.prefix = prefix
             existing = yield PutClaim(self._claim_of(save))
             top = yield ReadHead()
@@ -368,10 +371,7 @@ class Saves:
                 save.fail("another coordinator has taken the directory over")
                 return
             # The claim file of an older attempt may have been swept a moment ago: then the mark is high enough.
-            if existing is not None or (prefix == bare and save.step <= top.high_water):
-                continue
-            # The log does not know what plain TensorFlow has put here.
-            if prefix == own or not (yield HasIndex(prefix)):
+            if existing is None and (prefix == own or save.step > top.high_water):
                 return
 
     def _claim_of(self, save: SaveState) -> Claim:
