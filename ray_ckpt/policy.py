@@ -47,6 +47,7 @@ def retire(
     keep_every_steps: int | None = None,
     keep_every_hours: float | None = None,
     hours_from: float | None = None,
+    hours_grid: float | None = None,
     first_generation: int = 0,
     protected: frozenset[str] = frozenset(),
 ) -> Retired:
@@ -57,7 +58,8 @@ def retire(
     not count towards ``max_to_keep`` either. With ``keep_every_steps`` multiples of it stay and do not count. With
     ``keep_every_hours``, what is so many hours younger than the last one preserved is preserved, not deleted; before
     the first, than ``hours_from`` (seconds since the epoch; None: the first is preserved in any case). That is the
-    rule of `tf.train.CheckpointManager`.
+    rule of `tf.train.CheckpointManager`. With ``hours_grid`` (seconds since the epoch) it is that of `tf.train.Saver`:
+    so many hours after that time, then after twice as many, and so on, the next that would be deleted is preserved.
     """
     if max_to_keep is None:
         return Retired([], [])
@@ -67,15 +69,29 @@ def retire(
     ranked = sorted(pool, key=lambda c: not c.superseded)
     free = [c for c in ranked if c is not newest and c.prefix not in protected]
     retired = Retired([], [])
-    start = float("-inf") if hours_from is None else hours_from
-    last = max((c.time for c in ours if c.preserved), default=start)
+    kept = [c.time for c in ours if c.preserved]
     for c in free[: max(len(pool) - max_to_keep, 0)]:
-        if keep_every_hours is not None and not c.superseded and c.time >= last + keep_every_hours * 3600:
+        if keep_every_hours is None or c.superseded:
+            preserved = False
+        elif hours_grid is None:
+            preserved = c.time >= max(kept, default=_or_ever(hours_from)) + keep_every_hours * 3600
+        else:
+            preserved = c.time > _next_on_grid(kept, hours_grid, keep_every_hours)
+        if preserved:
             retired.preserved.append(c)
-            last = c.time
+            kept.append(c.time)
         else:
             retired.deleted.append(c)
     return retired
+
+
+def _or_ever(time: float | None) -> float:
+    return float("-inf") if time is None else time
+
+
+def _next_on_grid(kept: Sequence[float], origin: float, hours: float) -> float:
+    """Each one kept takes the grid one step on, however late it was; what an earlier Saver kept lies before it."""
+    return origin + (sum(time > origin for time in kept) + 1) * hours * 3600
 
 
 def _is_multiple(checkpoint: Checkpoint, steps: int | None) -> bool:

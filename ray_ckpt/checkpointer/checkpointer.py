@@ -69,8 +69,10 @@ class Checkpointer:
         max_to_keep, keep_every_steps, keep_every_hours: retention; None keeps all. What ``keep_every_hours`` keeps is
             so many hours younger than the last one that it kept, or than ``keep_hours_from`` (seconds since the
             epoch; by default the first one is kept); it is no longer named in the `checkpoint` file.
+        keep_hours_grid: the rule of `tf.train.Saver` for ``keep_every_hours`` instead: of what would be deleted one is
+            kept for each so many hours since this time (seconds since the epoch), however far apart they are.
         keep_before: retention leaves checkpoints of generations before this number alone, and does not count them; 0:
-            all that earlier starts made.
+            all that earlier starts made. Of this and the two before ranks may have their own: rank 0's count.
         basename: checkpoints are ``<basename>-<step>``.
         overlap: what a due save does while all snapshot memory is still being written: "wait" for it in `step()`,
             "skip" the save or "coalesce" it into the next possible one, both decided for all workers at once.
@@ -103,6 +105,7 @@ class Checkpointer:
         keep_every_hours: float | None = None,
         keep_before: int | None = None,
         keep_hours_from: float | None = None,
+        keep_hours_grid: float | None = None,
         basename: str = BASENAME,
         overlap: Overlap = "wait",
         on_error: Literal["warn", "raise"] = "warn",
@@ -133,6 +136,7 @@ class Checkpointer:
                 keep_every_hours=keep_every_hours,
                 keep_before=keep_before,
                 keep_hours_from=keep_hours_from,
+                keep_hours_grid=keep_hours_grid,
                 basename=basename,
                 save_timeout_s=timeouts.save_s,
                 settle_timeout_s=timeouts.settle_s,

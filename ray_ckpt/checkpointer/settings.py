@@ -68,8 +68,11 @@ def checked(config: JobConfig) -> JobConfig:
     _check_basename(config.basename)
     if config.keep_before is not None and (type(config.keep_before) is not int or config.keep_before < 0):
         raise UsageError(f"keep_before must be the number of a generation, or 0, found {config.keep_before!r}")
-    if config.keep_hours_from is not None:
-        _check_time("keep_hours_from", config.keep_hours_from)
+    for name in ("keep_hours_from", "keep_hours_grid"):
+        if getattr(config, name) is not None:
+            _check_time(name, getattr(config, name))
+    if config.keep_hours_from is not None and config.keep_hours_grid is not None:
+        raise UsageError("give keep_hours_from or keep_hours_grid, not both: they are two rules")
     if not config.delete_grace_s >= 0:
         raise UsageError(f"delete_grace_s must not be negative, found {config.delete_grace_s!r}")
     return replace(config, start=os.environ.get(START_VARIABLE, ""))

@@ -95,7 +95,8 @@ class Generations:
             if holder != report.worker:
                 self._refuse(report.worker, f"rank {report.rank} of generation {current.number} is another process")
                 return
-            self.config = self.config or report.config
+            if self.config is None or report.rank == 0:
+                self.config = report.config
             self.started = self.started or report.started
         elif report.started or (bound and self.members.get(report.rank) != report.worker):
             # Not started, but left out when a newer generation was sealed: a leftover that must not join the next.
@@ -291,11 +292,13 @@ class Generations:
                 f"the job was started again (generation {record.generation and record.generation.number})",
             )
         self.members = members
-        self.config = forming.config
+        first = self._roster.worker(members[0])
+        # Where ranks may differ, the first one's settings count.
+        self.config = first.config if first is not None else forming.config
         self.started = False
         self.note = ""
         self._bad = set()
-        self._saves.begin(forming.config)
+        self._saves.begin(self.config)
 
     # -- the restore ----------------------------------------------------------------------------------
 

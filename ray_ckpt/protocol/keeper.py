@@ -82,6 +82,7 @@ class Keeper:
             keep_every_steps=config.keep_every_steps,
             keep_every_hours=config.keep_every_hours,
             hours_from=config.keep_hours_from,
+            hours_grid=config.keep_hours_grid,
             first_generation=present if config.keep_before == 0 else config.keep_before or 0,
             protected=protected,
         )

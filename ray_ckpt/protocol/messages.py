@@ -30,9 +30,10 @@ class JobConfig:
     process of an older start that was never told to go is not taken for a rank of this one. ``*_timeout_s``:
     deadlines; every wait in the protocol has one. ``basename``: prefixes are ``<basename>-<step>``. ``keep_before``:
     retention leaves checkpoints of generations below this number alone; 0 stands for the present one.
-    ``keep_hours_from``: the time that ``keep_every_hours`` counts from until a checkpoint is kept so; each rank's own
-    clock may have given it. ``delete_grace_s``: how long the data of a deleted checkpoint
-    outlives its index, for readers without a pin.
+    ``keep_hours_from``: the time that ``keep_every_hours`` counts from until a checkpoint is kept so;
+    ``keep_hours_grid``: instead, the time from which on one is kept for each so many hours. These three may differ, as
+    each rank has them from its own clock or framework: rank 0's count. ``delete_grace_s``: how long the data of a
+    deleted checkpoint outlives its index, for readers without a pin.
     """
 
     world_size: int
@@ -46,8 +47,9 @@ class JobConfig:
     max_to_keep: int | None = 5
     keep_every_steps: int | None = None
     keep_every_hours: float | None = None
-    keep_before: int | None = None
+    keep_before: int | None = field(default=None, compare=False)
     keep_hours_from: float | None = field(default=None, compare=False)
+    keep_hours_grid: float | None = field(default=None, compare=False)
     basename: str = BASENAME
     save_timeout_s: float = 1800.0
     settle_timeout_s: float = 120.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import pytest
 from hypothesis import given
@@ -67,6 +67,7 @@ keeps = st.fixed_dictionaries(
         "keep_every_steps": st.none() | st.integers(1, 50),
         "keep_every_hours": st.none() | st.floats(0.01, 2.0),
         "hours_from": st.none() | st.floats(0.0, 7200.0),
+        "hours_grid": st.none() | st.floats(0.0, 7200.0),
         "first_generation": st.integers(0, 4),
         "protected": st.frozensets(st.integers(0, 11).map("p{}".format), max_size=2),
     }
@@ -145,3 +146,44 @@ def test_what_was_preserved_before_is_where_the_next_span_begins() -> None:
     deleted, preserved = retire(live, max_to_keep=1, keep_every_hours=0.25, hours_from=0.0)
     assert [c.step for c in preserved] == [40]
     assert [c.step for c in deleted] == [0, 10, 30]
+
+
+def _savers(times: list[float], most: int, hours: float, made: float) -> list[float]:
+    """Which ones `tf.train.Saver` keeps for their age: its `_MaybeDeleteOldCheckpoints` without the files."""
+    listed: list[float] = []
+    kept, following = [], made + hours * 3600
+    for time in times:
+        listed.append(time)
+        if len(listed) > most and (oldest := listed.pop(0)) > following:
+            kept.append(oldest)
+            following += hours * 3600
+    return kept
+
+
+def _kept_on_grid(times: list[float], most: int, hours: float, origin: float) -> list[float]:
+    """The same by this package's rule, from the marks alone."""
+    live: list[Checkpoint] = []
+    for i, time in enumerate(times):
+        live.append(Checkpoint(i, f"p{i}", f"a{i}", 1, time, 1, 1, 1))
+        deleted, preserved = retire(live, max_to_keep=most, keep_every_hours=hours, hours_grid=origin)
+        live = [replace(c, preserved=c.preserved or c in preserved) for c in live if c not in deleted]
+    return [c.time for c in live if c.preserved]
+
+
+def test_on_a_grid_a_late_one_does_not_put_off_the_next() -> None:
+    times = [2400.0 * i for i in range(1, 13)]
+    assert [time / 2400 for time in _kept_on_grid(times, 1, 1.0, 0.0)] == [2, 4, 5, 7, 8, 10, 11]
+
+
+gaps = st.lists(st.integers(1, 20_000), max_size=30)
+
+
+@given(gaps, st.integers(1, 4), st.sampled_from([0.25, 1.0, 2.0]))
+def test_the_grid_is_that_of_tensorflows_saver(gaps: list[int], most: int, hours: float) -> None:
+    times = [1e9 + time for time in accumulate(map(float, gaps))]
+    assert _kept_on_grid(times, most, hours, 1e9) == _savers(times, most, hours, 1e9)
+
+
+def test_what_an_earlier_saver_kept_does_not_take_the_grid_on() -> None:
+    live = [replace(c, preserved=c.step == 10) for c in _checkpoints([(False, False)] * 4)]
+    assert retire(live, max_to_keep=1, keep_every_hours=0.1, hours_grid=700.0).preserved == [live[2]]

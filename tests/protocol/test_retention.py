@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from ray_ckpt.protocol.messages import JobConfig, RestoreWish
 from tests.protocol.harness import Job, World, beat
 
@@ -38,13 +40,30 @@ def test_the_mark_outlives_the_start_and_counts_for_the_next() -> None:
     assert [(c.step, c.preserved) for c in world.log[-1].live] == [(1, True), (4, False)]
 
 
-def test_ranks_may_give_other_times_to_count_from() -> None:
+def test_the_grid_goes_on_from_the_marks_in_the_log() -> None:
     world = World()
-    config = JobConfig(world_size=2, save_steps=1, max_to_keep=1, keep_every_hours=1.0)
-    job = Job(world, config, "a")
-    job.workers[1].config = replace(config, keep_hours_from=1e9)
+    config = replace(ONE, keep_every_hours=1.0, keep_hours_grid=0.0)
+    world.tick(2380.0)
+    _run(world, config, "a", 1, 5, gap_s=2380.0)
+    _run(world, config, "b", 6, 9, gap_s=2380.0)
+    assert [c.step for c in world.log[-1].live if c.preserved] == [2, 4, 5, 7, 8]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_ranks_may_differ_in_what_is_theirs_and_the_first_ones_counts(first: int) -> None:
+    """Whoever comes first."""
+    world = World()
+    _run(world, replace(ONE, max_to_keep=3), "a", 1, 3)
+    config = JobConfig(world_size=2, save_steps=1, max_to_keep=1, delete_grace_s=0.0, keep_before=2)
+    job = Job(world, config, "b")
+    job.workers[1].config = replace(config, keep_before=None, keep_hours_from=1e9, keep_hours_grid=1e9)
+    job.hosts[first].beat()
     job.start()
     assert [w.refused for w in job.workers] == [None, None]
+    for step in (4, 5):
+        job.step(step)
+        beat(world, job.hosts)
+    assert world.committed == [1, 2, 3, 5]
 
 
 def test_what_earlier_starts_made_is_left_alone_if_asked_for() -> None:

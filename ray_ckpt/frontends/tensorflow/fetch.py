@@ -4,7 +4,7 @@
 memory again as the variables take, and the time to fill it. The C API that it calls (tensorflow/c/c_api.h) hands out
 the tensors themselves, and TensorFlow's shared libraries export it. The C++ objects behind a session and its ops are
 asked for by the protocol that pybind11 has for other extension modules, which gives them only as the type that they
-are. Where any of this is not to be had, and for strings, `session.run` does it.
+are. Where any of this is not to be had, and for the outputs of ops that give strings, `session.run` does it.
 """
 
 from __future__ import annotations
@@ -46,26 +46,26 @@ class Fetch:
     def __init__(self, session: Any, tensors: Sequence[Any]) -> None:
         self._session = session
         self._tensors = list(tensors)
-        self._direct = _Direct.of(session, [t for t in tensors if _is_plain(t)])
+        # What one op gives belongs together, the keys and values of a table for one: it comes from one run.
+        others = {t.op for t in tensors if not _is_plain(t)}
+        self._is_plain = [t.op not in others for t in tensors]
+        self._direct = _Direct.of(session, [t for t, plain in zip(tensors, self._is_plain, strict=True) if plain])
 
     def __call__(self) -> list[Any]:
         """The values in the order of the tensors, scalars as numpy's. Raises what `session.run` does."""
         arrays = self._direct.run() if self._direct else None
-        is_direct = _is_plain if arrays is not None else _never
-        run = [t for t in self._tensors if not is_direct(t) and not is_variant(t)]
+        direct = self._is_plain if arrays is not None else [False] * len(self._tensors)
+        tensors = list(zip(self._tensors, direct, strict=True))
+        run = [t for t, is_direct in tensors if not is_direct and not is_variant(t)]
         found = {True: iter(arrays or ()), False: iter(self._session.run(run))}
         variants = iter(read_variants(self._session, [t for t in self._tensors if is_variant(t)]))
-        return [next(variants if is_variant(t) else found[is_direct(t)]) for t in self._tensors]
+        return [next(variants if is_variant(t) else found[is_direct]) for t, is_direct in tensors]
 
 
 def _is_plain(tensor: Any) -> bool:
     """Whether the elements lie in memory as numpy has them."""
     dtype = tensor.dtype.base_dtype
     return dtype.name not in ("string", "resource", "variant") and not dtype.is_quantized
-
-
-def _never(_tensor: Any) -> bool:
-    return False
 
 
 class _TypeInfo(ctypes.Structure):

@@ -20,6 +20,7 @@ from tensorflow.python.training import training_util
 from ray_ckpt.checkpointer.settings import DEFAULT_TIMEOUTS, Timeouts, check_local, check_positive, who_am_i
 from ray_ckpt.errors import RayCkptError, SaveError, UsageError
 from ray_ckpt.frontends.tensorflow.restore import restore_session
+from ray_ckpt.frontends.tensorflow.saver_list import SaverList, first_told, tell
 from ray_ckpt.frontends.tensorflow.session_saves import Place, SessionSaves, Taken
 from ray_ckpt.frontends.tensorflow.side_files import SideFiles, check_folder, opened_by_tensorflow
 from ray_ckpt.protocol.messages import SaveOutcome
@@ -123,7 +124,7 @@ class CheckpointSaverHook(tf.compat.v1.train.CheckpointSaverHook):  # type: igno
         self._pid = os.getpid()
         self._saves: SessionSaves | None = None
         self._files: SideFiles | None = None
-        self._kept: tuple[Any, int | None] | None = None
+        self._kept: SaverList | None = None
         self._stop = False
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -183,13 +184,18 @@ class CheckpointSaverHook(tf.compat.v1.train.CheckpointSaverHook):  # type: igno
         """Where TensorFlow cannot open the directory, `MonitoredTrainingSession` could not restore from it."""
         if not opened_by_tensorflow(self._checkpoint_dir) and session.run(self._global_step_tensor) == 0:
             options = self._options.get("storage_options")
-            restore_session(session, self._place.url, self._get_saver(), storage_options=options)
+            saver = self._get_saver()
+            if restore_session(session, self._place.url, saver, storage_options=options) is not None:
+                tell(saver, self._place.url, options)
 
     def _open(self, session: Any, saver: Any) -> SessionSaves:
-        if self._kept is None or self._kept[0] is not saver:
-            self._kept = (saver, None if saver.last_checkpoints else 0)
-        saves = SessionSaves(session, self._global_step_tensor, saver, self._place, self._kept[1])
-        self._kept = (saver, saves.keep_before)
+        if self._kept is None or self._kept.saver is not saver:
+            # The first rank's counts.
+            told = first_told(saver, self._place.url, self._options.get("storage_options")) if self._rank == 0 else 0
+            self._kept = SaverList(saver, told)
+        self._kept.begin_session()
+        saves = SessionSaves(session, self._global_step_tensor, saver, self._place, self._kept.keep_before)
+        self._kept.keep_before = saves.keep_before
         self._saves = saves
         _USED.add(self)
         self._leaving = weakref.finalize(self, saves.leave)
@@ -329,20 +335,21 @@ class CheckpointSaverHook(tf.compat.v1.train.CheckpointSaverHook):  # type: igno
         """Files and the Saver's own list, after a commit. False if the save failed, and that is not raised."""
         saves = self._saves
         assert saves is not None
+        assert self._kept is not None
         raises = raises and self._options["on_error"] == "raise"
         if outcome.state == "failed":
             _complain(SaveError(f"{self._save_path}: step {taken.step} was not saved: {outcome.error}"), raises)
             return False
         if self._files is not None:
             try:
-                self._files.write_meta(outcome.prefix, saves.session.graph, saves.saver)
+                self._files.write_meta(outcome.prefix, saves.session.graph, saves.saver, newest=not saves.is_pending)
                 if _have_after_save(self._listeners):
                     # They look for the newest checkpoint, and must find this one.
                     self._files.name_newest()
             except RayCkptError as error:
                 _complain(error, raises)
             self._files.log_checkpoint(taken.step)
-        _record(saves.saver, os.path.join(self._place.url, outcome.prefix))
+        self._kept.record(os.path.join(self._place.url, outcome.prefix))
         return True
 
     def _after(self, session: Any, step: Any) -> bool:
@@ -485,12 +492,3 @@ def _have_after_save(listeners: Iterable[Any]) -> bool:
     empty = tf.compat.v1.train.CheckpointSaverListener.after_save
     methods = [getattr(listener, "after_save", empty) for listener in listeners]
     return any(getattr(method, "__func__", method) is not empty for method in methods)
-
-
-def _record(saver: Any, path: str) -> None:
-    """Keep the Saver's list as `Saver.save` does; what falls out of it is the coordinator's to delete."""
-    saver._RecordLastCheckpoint(path)
-    for _, time in saver._checkpoints_to_be_deleted:
-        if time > saver._next_checkpoint_time:
-            saver._next_checkpoint_time += saver.saver_def.keep_checkpoint_every_n_hours * 3600
-    saver._checkpoints_to_be_deleted.clear()

@@ -84,7 +84,7 @@ class SessionSaves:
                     basename=self._place.basename,
                     max_to_keep=settings.max_to_keep or None,
                     keep_every_hours=hours if hours < _HOURS_OFF else None,
-                    keep_hours_from=self.saver._next_checkpoint_time - hours * 3600,
+                    keep_hours_grid=self.saver._next_checkpoint_time - hours * 3600,
                     keep_before=self.keep_before,
                     fresh=True,
                     **self._place.options,

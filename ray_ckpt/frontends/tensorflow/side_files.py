@@ -9,7 +9,7 @@ from google.protobuf import text_format
 
 from ray_ckpt.bundle import graph_name
 from ray_ckpt.errors import UsageError
-from ray_ckpt.log import repair_state_file
+from ray_ckpt.log import live_checkpoints, repair_state_file
 from ray_ckpt.storage import Store, locate, open_store
 
 _GRAPH = "graph.pbtxt"
@@ -46,7 +46,7 @@ class SideFiles:
         self._graphs = graphs
         self._options = options
         self._by_tensorflow = opened_by_tensorflow(folder)
-        self._meta: tuple[Any, Any, int, bytes] | None = None
+        self._meta: tuple[tuple[Any, ...], bytes] | None = None
         self.events = tf.compat.v1.summary.FileWriterCache.get(folder) if self._by_tensorflow else None
 
     def write_graph(self, graph: Any) -> None:
@@ -65,18 +65,26 @@ class SideFiles:
             self.events.add_graph(graph)
             self.events.add_meta_graph(tf.compat.v1.MetaGraphDef.FromString(self._meta_bytes(graph, saver)))
 
-    def write_meta(self, prefix: str, graph: Any, saver: Any) -> None:
-        """``<prefix>.meta``, for `import_meta_graph`. Raises `StorageError`."""
-        if self._graphs:
-            self._store.put(graph_name(prefix), self._meta_bytes(graph, saver))
+    def write_meta(self, prefix: str, graph: Any, saver: Any, *, newest: bool) -> None:
+        """``<prefix>.meta``, for `import_meta_graph`, unless the checkpoint is deleted. Raises `RayCkptError`.
+
+        ``newest``: nothing can have followed this checkpoint, so it is there.
+        """
+        if not self._graphs:
+            return
+        self._store.put(graph_name(prefix), self._meta_bytes(graph, saver))
+        # After the write: what is deleted from now on takes its graph along.
+        if not newest and all(c.prefix != prefix for c in live_checkpoints(self._store)):
+            self._store.delete(graph_name(prefix))
 
     def _meta_bytes(self, graph: Any, saver: Any) -> bytes:
         """The MetaGraphDef. It is made again only when the graph has grown: that takes seconds for a large one."""
-        known = self._meta
-        if known is None or (known[0], known[1], known[2]) != (graph, saver, graph.version):
+        sizes = {name: len(graph.get_collection_ref(name)) for name in graph.get_all_collection_keys()}
+        form = (graph, saver, graph.version, sizes)
+        if self._meta is None or self._meta[0] != form:
             with graph.as_default():
-                known = self._meta = (graph, saver, graph.version, saver.export_meta_graph().SerializeToString())
-        return known[3]
+                self._meta = (form, saver.export_meta_graph().SerializeToString())
+        return self._meta[1]
 
     def name_newest(self) -> None:
         """Have the `checkpoint` file name what is committed, if the coordinator has not yet. Raises `StorageError`."""
