@@ -51,6 +51,7 @@ MATMULS = 24
 SIZE = 256
 RUNS = 2000
 ROUNDS = 9
+OVERHEAD = "overhead"
 NEVER = 10**9
 FAR = 10**5
 
@@ -236,21 +237,22 @@ def measure_overhead(folder: str) -> dict[str, float]:
         "ray_ckpt.AsyncCheckpointSaverHook": (ray_ckpt.AsyncCheckpointSaverHook, FAR),
     }
     runs: dict[str, Callable[[], Any]] = {}
-    sessions = []
+    sessions: list[tuple[Any, Any]] = []
     for number, (name, made) in enumerate(kinds.items()):
-        with tf.Graph().as_default():
+        with tf.Graph().as_default() as graph:
             train = v1.train.get_or_create_global_step().assign_add(1, read_value=False)
             saver = v1.train.Saver()
             hooks = [] if made is None else [made[0](f"{folder}/{number}", save_steps=made[1], saver=saver)]
             session = v1.train.MonitoredSession(hooks=hooks)
-        sessions.append(session)
+        sessions.append((graph, session))
         runs[name] = lambda session=session, train=train: session.run(train)
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(ROUNDS):
         for name, run in runs.items():
             times[name].append(_time(run, RUNS) / RUNS)
-    for session in sessions:
-        session.close()
+    for graph, session in sessions:
+        with graph.as_default():
+            session.close()
     base = statistics.median(times["none"])
     return {name: statistics.median(taken) - base for name, taken in times.items() if name != "none"}
 
@@ -264,27 +266,31 @@ def hooks(
     subjects: Annotated[str, typer.Option(help=f"of {','.join(SUBJECTS)}")] = ",".join(SUBJECTS),
     disk: Annotated[Path, typer.Option(help="folder on a disk, made if it is not there")] = ROOT / "bench-data",
     out: Annotated[Path, typer.Option(help="where the table goes")] = ROOT / "benchmarks" / "results" / "hooks.md",
+    resume: Annotated[bool, typer.Option(help="keep what the last run has measured")] = False,
     one: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
-    """Measure all, and write a table."""
+    """Measure all, and write a table; what is measured goes to a JSON file beside it at once."""
     if one:
         _one(one, disk)
         return
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in subjects.split(",")}
-    for _ in range(repeats):
+    notes = out.with_suffix(".json")
+    known = json.loads(notes.read_text()) if resume else {}
+    meta = known.get("meta") or machine.describe({"disk": str(disk)}, "benchmarks.hooks")
+    found: dict[str, list[dict[str, float]]] = {name: known.get(name, []) for name in (*subjects.split(","), OVERHEAD)}
+    for number in range(repeats):
         for name, values in found.items():
-            values.append(_in_fresh_process(name, disk))
-            typer.echo(f"{name}: {values[-1]}", err=True)
-    overhead = _in_fresh_process("overhead", disk)
-    meta = machine.describe({"disk": str(disk)}, "benchmarks.hooks")
-    publish(_page(found, overhead, meta), out)
+            if len(values) <= number:
+                values.append(_in_fresh_process(name, disk))
+                typer.echo(f"{name}: {values[-1]}", err=True)
+                notes.write_text(json.dumps({"meta": meta, **found}, indent=1) + "\n")
+    publish(_page(found, meta), out)
 
 
 def _one(name: str, disk: Path) -> None:
     disk.mkdir(parents=True, exist_ok=True)
     ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     with tempfile.TemporaryDirectory(dir=disk) as folder:
-        if name == "overhead":
+        if name == OVERHEAD:
             found = measure_overhead(folder)
         elif "hook" in name:
             found = measure_sessions(name, folder)
@@ -302,7 +308,9 @@ def _in_fresh_process(name: str, disk: Path) -> dict[str, float]:
     return result
 
 
-def _page(found: dict[str, list[dict[str, float]]], overhead: dict[str, float], meta: dict[str, str]) -> str:
+def _page(found: dict[str, list[dict[str, float]]], meta: dict[str, str]) -> str:
+    overheads = found.pop(OVERHEAD)
+    overhead = {name: statistics.median(each[name] for each in overheads) for name in overheads[0]}
     lost = {name: statistics.median(v["lost_s"] for v in values) for name, values in found.items()}
     lines = ["# Saves in a TensorFlow loop, 1 GiB of variables", ""]
     lines += ["| | lost a save, s | each process | a step, ms | TensorFlow's hook loses |", "|---|---:|---|---:|---:|"]
