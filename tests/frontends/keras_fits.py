@@ -81,7 +81,17 @@ def make_model(units: int = 4, **compiled: Any) -> Any:
             layers.Dense(1),
         ]
     )
-    model.compile("adam", "mse", metrics=["mae"], **compiled)
+    # Where XLA compiles for a few batches, it is most of the time that a test takes.
+    jit = {"jit_compile": keras.backend.backend() == "jax"}
+    model.compile("adam", "mse", metrics=["mae"], **{**jit, **compiled})
+    return model
+
+
+def make_frozen_model() -> Any:
+    """A model whose weights stay the same whatever its data and its dropout are."""
+    layers = keras.layers
+    model = keras.Sequential([layers.Input((3,)), layers.Dense(4), layers.Dropout(0.3), layers.Dense(1)])
+    model.compile(keras.optimizers.SGD(0.0), "mse", metrics=["mae"], jit_compile=False)
     return model
 
 

@@ -21,6 +21,7 @@ from ray_ckpt.frontends.keras.skip import Skip
 from tests.frontends.keras_fits import (
     BATCHES,
     EPOCHS,
+    Interrupt,
     Listener,
     data,
     fit,
@@ -92,11 +93,12 @@ def test_a_dataset_of_unknown_length(tmp_path: Path) -> None:
     assert outcome(fit([backup(tmp_path, 3)], seed=2, dataset=_dataset)) == expected
 
 
-def test_endless_data(tmp_path: Path) -> None:
+@pytest.mark.parametrize("save_freq", [1, "epoch"])
+def test_endless_data(tmp_path: Path, save_freq: Any) -> None:
     settings = {"dataset": lambda: _dataset(repeat=True), "steps_per_epoch": 3}
     expected = outcome(fit(**settings))
-    fit([backup(tmp_path, 1, stream=True)], interrupt=(1, 1), **settings)
-    assert outcome(fit([backup(tmp_path, 1, stream=True)], seed=2, **settings)) == expected
+    fit([backup(tmp_path, save_freq, stream=True)], interrupt=(1, 1), **settings)
+    assert outcome(fit([backup(tmp_path, save_freq, stream=True)], seed=2, **settings)) == expected
 
 
 def test_several_batches_an_execution(tmp_path: Path) -> None:
@@ -139,6 +141,13 @@ def test_a_training_that_has_ended_is_given_up(tmp_path: Path) -> None:
         load_variables(first, str(tmp_path))
 
 
+@pytest.mark.parametrize("save_freq", ["epoch", 1000])
+def test_a_fit_after_one_that_has_ended_trains(tmp_path: Path, save_freq: Any) -> None:
+    model = fit([backup(tmp_path, save_freq, delete_checkpoint=True)], epochs=1)
+    fit([backup(tmp_path, save_freq, delete_checkpoint=True)], epochs=1, model=model)
+    assert int(model.optimizer.iterations) == 2 * BATCHES
+
+
 def test_a_training_that_is_kept_goes_on_with_more_epochs(tmp_path: Path, uninterrupted: Any) -> None:
     fit([backup(tmp_path)], epochs=2)
     resumed = fit([backup(tmp_path)], seed=2)
@@ -169,6 +178,25 @@ def test_one_callback_for_several_fits(tmp_path: Path, uninterrupted: Any) -> No
     callback = backup(tmp_path, 1)
     fit([callback], interrupt=(1, 1))
     assert outcome(fit([callback], seed=2)) == uninterrupted
+
+
+def test_a_ready_list_of_callbacks_for_several_fits(tmp_path: Path) -> None:
+    model = make_model()
+    saves = [backup(tmp_path, 1), ray_ckpt.ModelCheckpoint(run_dir(tmp_path / "models"), save_freq=1)]
+    interrupt = Interrupt(0, 1)
+    callbacks = keras.callbacks.CallbackList([*saves, interrupt], add_history=True, model=model, epochs=1)
+    x, y = data()
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(x, y, batch_size=8, verbose=0, callbacks=callbacks)
+    callbacks.callbacks.remove(interrupt)
+    model.fit(x, y, batch_size=8, verbose=0, callbacks=callbacks)
+    assert int(model.optimizer.iterations) == BATCHES
+
+
+def test_another_initial_epoch(tmp_path: Path) -> None:
+    fit([backup(tmp_path, 1)], interrupt=(0, 1))
+    with pytest.raises(UsageError, match=r"saved in epoch 0 after 2 batches, but fit\(\) begins with epoch 2"):
+        fit([backup(tmp_path, 1)], initial_epoch=2)
 
 
 def test_a_stop_request_ends_the_training_to_be_resumed(tmp_path: Path, uninterrupted: Any) -> None:

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +17,7 @@ import pytest
 pytest.importorskip("keras")
 
 import keras
+import ray
 
 import ray_ckpt
 from ray_ckpt.errors import MismatchError, NoCheckpointError
@@ -109,6 +115,50 @@ def test_with_a_backup_batches_count_over_restarts(tmp_path: Path) -> None:
     fit(callbacks())
     assert steps(tmp_path / "models") == [5, 10]
     assert not (tmp_path / "models" / "best").exists()
+
+
+def test_the_best_that_was_never_committed_is_not_the_best(tmp_path: Path) -> None:
+    model = fit([Scores([0.3, 0.2, 0.4]), checkpoint(tmp_path / "run")])
+    # What a job leaves that is killed between the two commits.
+    shutil.copytree(tmp_path / "run", tmp_path / "lost", ignore=shutil.ignore_patterns("best"))
+    callback = checkpoint(tmp_path / "lost")
+    fit([Scores([0.35]), callback], epochs=1, model=model)
+    assert callback.best == 0.35
+    assert steps(tmp_path / "lost" / "best") == [callback.best_step]
+    # And where it was committed it stays.
+    callback = checkpoint(tmp_path / "run")
+    fit([Scores([0.35]), callback], epochs=1, model=model)
+    assert (callback.best, callback.best_step) == (0.2, 2 * BATCHES)
+
+
+@pytest.mark.parametrize("save_best_only", [False, True])
+def test_nan_is_not_the_best_for_ever(tmp_path: Path, save_best_only: bool) -> None:
+    model = fit([Scores([math.nan]), checkpoint(tmp_path, save_best_only=save_best_only)], epochs=1)
+    callback = checkpoint(tmp_path, save_best_only=save_best_only)
+    fit([Scores([0.4]), callback], epochs=1, model=model)
+    assert callback.best == 0.4
+    assert steps(Path(callback.best_url))[-1] == callback.best_step
+
+
+def test_jax_saves_within_an_epoch(tmp_path: Path) -> None:
+    pytest.importorskip("jax")
+    run_dir(tmp_path / "best")
+    program = (
+        "import sys, ray_ckpt; from tests.frontends.keras_fits import fit;"
+        "fit([ray_ckpt.ModelCheckpoint(sys.argv[1], monitor='loss', save_freq=3)], epochs=2)"
+    )
+    environment = {"KERAS_BACKEND": "jax", "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    done = subprocess.run(
+        [sys.executable, "-c", program, run_dir(tmp_path)],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert steps(tmp_path) == [3, 6]
 
 
 def test_the_best_whose_save_failed_is_not_the_best() -> None:

@@ -105,6 +105,23 @@ def test_data_that_ends() -> None:
     skip(model, 2, ahead=4)
     with pytest.raises(UsageError, match="the data ended after 4 batches, expected more than 4"):
         model.train_function(iter(range(4)))
+    model = Loop()
+    skip(model, 0, ahead=4)
+    with pytest.raises(UsageError, match="the data ended after 3 batches, expected more than 4"):
+        model.train_function(iter(range(3)))
+
+
+def test_nothing_but_batches_ahead() -> None:
+    model = Loop()
+    before = model.train_function
+    calls: list[str] = []
+    Skip(model, batches=0, ahead=3, logs={}, first=None, last=lambda: calls.append("last"))
+    data = iter(range(100))
+    # Callbacks hear of the batch that is trained on first.
+    assert model.train_function(data) == {"loss": 0.0}
+    assert not skipping(model)
+    assert model.train_function == before
+    assert (model.trained, calls) == ([3], ["last"])
 
 
 def test_another_fit_is_not_skipped() -> None:

@@ -131,7 +131,7 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]
         self._resume = self._stopped = False
         model = self.model
         state.check_built(model)
-        self._ckpt = open_run(self.directory_url, self.params, max_to_keep=self._keep, **self._settings)
+        self._ckpt = open_run(self.directory_url, self, max_to_keep=self._keep, **self._settings)
         try:
             self._restore(model)
         except BaseException:
@@ -148,7 +148,7 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]
             return
         state.assign(state.variables(model), restored)
         self._record = _Record(**json.loads(restored[_WORKER].value))
-        self._metrics = {name: restored[name] for name, _, _ in training["metrics"]}
+        self._metrics = {name: state.bare(restored[name]) for name, _, _ in training["metrics"]}
         self._resume = True
         model._initial_epoch = self._at.epoch
 
@@ -158,11 +158,12 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]
             return lambda: (training, None)
         named = state.variables(model)
         # The metrics have no variables yet.
+        rename = state.renamed(list(named), training["variables"])
         like = {**state.values(named), **state.blanks(training["metrics"])}
+        state.mark(like, [name for name in like if rename.get(name, name) in training["own"]])
         like |= {state.TRAINING: "", _WORKER: PerWorker("", on_resize="first")}
-        rename = state.renamed(list(named), training["variables"]) or None
         rank, world_size = self._running.rank, self._running.world_size
-        build = read_state(stored, Named(like), rank=rank, world_size=world_size, rename=rename)
+        build = read_state(stored, Named(like), rank=rank, world_size=world_size, rename=rename or None)
         return lambda: (training, build())
 
     @property
@@ -177,13 +178,24 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]
         """Remember the epoch's random state; in the resumed epoch, take up where it was left."""
         resumed, self._resume = self._resume, False
         if resumed:
+            self._check_epoch(epoch)
             self._take_up()
-        self._at.epoch = epoch
-        if resumed and self._at.batch:
-            self._skip_batches()
         else:
             self._at.batch = 0
+        self._at.epoch = epoch
+        if not self._at.batch:
             self._record.begin = random_state()
+        if resumed and (self._at.batch or (self.stream and self._at.batches)):
+            self._skip_batches()
+
+    def _check_epoch(self, epoch: int) -> None:
+        """Keras takes the user's ``initial_epoch`` where ours is 0."""
+        at = self._at
+        if epoch != at.epoch:
+            raise UsageError(
+                f"{self.directory_url} holds a training saved in epoch {at.epoch} after {at.batch} batches, but fit()"
+                f" begins with epoch {epoch}: call it with initial_epoch={at.epoch}, or name another directory"
+            )
 
     def _take_up(self) -> None:
         """What `fit` and its History have reset since the restore."""
@@ -198,15 +210,15 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]
 
     def _skip_batches(self) -> None:
         assert self._record.now is not None
-        now = self._record.now
-        if self._are_metrics_built():
+        now, in_epoch = self._record.now, self._at.batch > 0
+        if in_epoch and self._are_metrics_built():
             self._set_metrics()
         self._skip = Skip(
             self._model,
             batches=self._at.batch,
             ahead=self._at.batches - self._at.batch if self.stream else 0,
             logs=self._record.logs,
-            first=self._build_metrics,
+            first=self._build_metrics if in_epoch else None,
             last=lambda: set_random_state(now),
         )
 
@@ -269,12 +281,14 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]
     def _state(self) -> Named:
         model = self.model
         named, metrics = state.variables(model), state.metrics(model)
+        own = state.own_names({**named, **metrics}, self._running.world_size)
         at, record = self._at, self._record
         training = {
             "finished": False,
             "at": {name: getattr(at, name) for name in _Position.__slots__},
             "variables": list(named),
             "metrics": state.forms(metrics),
+            "own": own,
         }
         worker = {
             "epochs": record.epochs,
@@ -283,14 +297,11 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]
             "begin": record.begin if at.batch else None,
             "now": random_state(),
         }
-        return Named(
-            {
-                **state.values(named),
-                **state.values(metrics),
-                state.TRAINING: json.dumps(training),
-                _WORKER: PerWorker(json.dumps(worker), on_resize="first"),
-            }
-        )
+        leaves = state.values({**named, **metrics})
+        state.mark(leaves, own)
+        leaves[state.TRAINING] = json.dumps(training)
+        leaves[_WORKER] = PerWorker(json.dumps(worker), on_resize="first")
+        return leaves
 
     # -- the end ------------------------------------------------------------------------------------------
 
@@ -302,7 +313,7 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]
             self._take_up()
             self._resume = False
         try:
-            if self.delete_checkpoint and not self._stopped and ckpt.latest_step() is not None:
+            if self.delete_checkpoint and not self._stopped:
                 for _ in range(self._keep):
                     self._at.step += 1
                     ckpt.save(self._at.step, self._finished())
@@ -313,4 +324,5 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]
     def _finished(self) -> Named:
         """A checkpoint that says that there is nothing to resume; retention removes those before it."""
         at = {"step": self._at.step}
-        return Named({state.TRAINING: json.dumps({"finished": True, "at": at, "variables": [], "metrics": []})})
+        nothing: dict[str, Any] = {"variables": [], "metrics": [], "own": []}
+        return Named({state.TRAINING: json.dumps({"finished": True, "at": at, **nothing})})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any, Literal
@@ -84,7 +85,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]
         self._keeps_best = keep_best and not save_best_only
         self._max_to_keep = max_to_keep
         self._settings = settings
-        self._fit: Any = None
+        self._threshold = initial_value_threshold
         self._ckpt: Run | None = None
         self._best_ckpt: Run | None = None
         self._step = 0
@@ -98,10 +99,17 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]
 
     # -- Keras's events -----------------------------------------------------------------------------------
 
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Leave what a `fit` that failed has left open."""
+        super().on_train_begin(logs)
+        for run in filter(None, (self._ckpt, self._best_ckpt)):
+            leave_run(run)
+        self._ckpt = self._best_ckpt = self._last_best = None
+
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """In the first epoch, when other callbacks have restored what they restore: open the directory."""
         super().on_epoch_begin(epoch, logs)
-        if self._ckpt is None or self._fit is not self.params:
+        if self._ckpt is None:
             self._open()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
@@ -115,8 +123,8 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]
         """Wait for all saves."""
         super().on_train_end(logs)
         with ExitStack() as stack:
-            if self._best_ckpt is not None and self.best_step is not None:
-                stack.callback(finish_run, self._best_ckpt, self.best_step)
+            if self._best_ckpt is not None:
+                stack.callback(finish_run, self._best_ckpt, self.best_step or 0)
             if self._ckpt is not None:
                 stack.callback(finish_run, self._ckpt, self._step)
             self._ckpt = self._best_ckpt = None
@@ -149,7 +157,8 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]
         return self._keeps_best and current is not None and np.ndim(current) == 0
 
     def _is_better(self, current: Any) -> bool:
-        return self.best is None or bool(self.monitor_op(current, self.best))
+        # Nothing is better than NaN, and NaN is better than nothing: it would stay the best for ever.
+        return not math.isnan(current) and (self.best is None or bool(self.monitor_op(current, self.best)))
 
     def _review_best(self) -> None:
         """If the save of the best failed, what was best before is so again."""
@@ -165,25 +174,29 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]
     # -- the directories ----------------------------------------------------------------------------------
 
     def _open(self) -> None:
-        self._fit = self.params
-        self._best_ckpt = self._last_best = None
         self._last_batch_seen = None
+        self.best, self.best_step = self._threshold, None
         self._ckpt, found = self._open_run(self.directory_url, self._max_to_keep)
+        saved = found
+        if self._keeps_best and found is not None and found["best"] is not None:
+            # It was saved after the checkpoint that tells of it, and may never have been committed.
+            self._best_ckpt, saved = self._open_run(self.best_url, 1)
         self._step = max(
             [0, *(info.step for info in checkpoints(self.best_url, storage_options=self._storage_options))]
         )
         if self.save_freq != "epoch":
             # Else a job that is interrupted sooner than it saves never would.
             self._batches_seen_since_last_saving = self._iterations() % self.save_freq
-        if found is None:
+        if found is not None:
+            self._step = max(self._step, found["step"])
+        if saved is None or saved["monitor"] != self.monitor or saved["best_step"] is None:
             return
-        self._step = max(self._step, found["step"])
-        if found["monitor"] == self.monitor and found["best"] is not None:
-            self.best, self.best_step = found["best"], found["best_step"]
+        if not math.isnan(saved["best"]):
+            self.best, self.best_step = saved["best"], saved["best_step"]
 
     def _open_run(self, url: str, max_to_keep: int | None) -> tuple[Run, dict[str, Any] | None]:
         """A start that goes on from the newest checkpoint of the directory, and what that says of the best."""
-        run = open_run(url, self.params, max_to_keep=max_to_keep, **self._settings)
+        run = open_run(url, self, max_to_keep=max_to_keep, **self._settings)
         try:
             return run, run.restore_by(self._read)
         except BaseException:
@@ -201,16 +214,23 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]
         return options
 
     def _iterations(self) -> int:
-        optimizer = self._model.optimizer
+        # Not `_model`: within an epoch JAX's variables have no values until the property brings them.
+        optimizer = self.model.optimizer
         return 0 if optimizer is None else int(optimizer.iterations)
 
     def _state(self) -> Named:
         named = state.variables(self.model)
+        assert self._ckpt is not None
+        own = state.own_names(named, self._ckpt.world_size)
         monitor = {
             "step": self._step,
             "monitor": self.monitor,
             "best": self.best if self.best is None else float(self.best),
             "best_step": self.best_step,
             "variables": list(named),
+            "own": own,
         }
-        return Named({**state.values(named), state.MONITOR: json.dumps(monitor)})
+        leaves = state.values(named)
+        state.mark(leaves, own)
+        leaves[state.MONITOR] = json.dumps(monitor)
+        return leaves

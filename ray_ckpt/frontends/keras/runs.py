@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,13 +38,14 @@ class Run(Checkpointer):
 class _Open:
     run: Run
     fit: Any
+    callback: weakref.ref[Any]
 
 
 _open: dict[str, _Open] = {}
 
 
-def open_run(url: str, fit: Any, **settings: Any) -> Run:
-    """A new start of the run in this directory. ``fit``: an object that all callbacks of one `fit` share.
+def open_run(url: str, callback: Any, **settings: Any) -> Run:
+    """A new start of the run in this directory. ``callback``: whose it is.
 
     What an earlier `fit` left open in this process is left now: its snapshots are still saved, and this start waits
     for them.
@@ -55,17 +57,18 @@ def open_run(url: str, fit: Any, **settings: Any) -> Run:
     place = open_for_reading(url, settings.get("storage_options")).url
     before = _open.get(place)
     if before is not None:
-        if before.fit is fit:
+        # What all callbacks of one `fit` share; those of a ready CallbackList share it over several.
+        if before.fit is callback.params and before.callback() is not callback:
             raise UsageError(f"two callbacks of one fit() save to {place}: give each a directory of its own")
         leave_run(before.run)
     run = Run(url, **settings)
-    _open[place] = _Open(run, fit)
+    _open[place] = _Open(run, callback.params, weakref.ref(callback))
     return run
 
 
 def close_run(run: Run) -> None:
     """Wait for all saves, then leave. Raises what `Checkpointer.close` does."""
-    _open.pop(run.url, None)
+    _forget(run)
     run.close()
 
 
@@ -86,9 +89,14 @@ def finish_run(run: Run, step: int) -> None:
 
 
 def leave_run(run: Run) -> None:
-    """Leave without a last save."""
-    _open.pop(run.url, None)
-    run.__exit__(GeneratorExit, None, None)
+    """Leave without a last save; nothing happens if it has been left."""
+    _forget(run)
+    run.leave()
+
+
+def _forget(run: Run) -> None:
+    if run.url in _open and _open[run.url].run is run:
+        del _open[run.url]
 
 
 def check_settings(callback: str, settings: dict[str, Any], owned: tuple[str, ...]) -> None:

@@ -13,8 +13,9 @@ class Skip:
     """Stands in for ``model.train_function`` until ``batches`` batches have been taken from the data.
 
     Callbacks hear of each as of any other, with ``logs``. ``ahead``: batches to take before those, at once.
-    ``first`` is called with the first batch, ``last`` once all are taken. It stays in place, so that callbacks
-    can tell (`skipping`), until the first batch that is trained on.
+    Where there are none but those ahead, callbacks hear of nothing. ``first`` is called with the first batch,
+    ``last`` once all are taken. It stays in place, so that callbacks can tell (`skipping`), until the first batch
+    that is trained on.
     """
 
     def __init__(
@@ -24,7 +25,7 @@ class Skip:
         batches: int,
         ahead: int,
         logs: Any,
-        first: Callable[[Any], None],
+        first: Callable[[Any], None] | None,
         last: Callable[[], None],
     ) -> None:
         self._model = model
@@ -34,7 +35,7 @@ class Skip:
         self._calls = math.ceil(batches / model.steps_per_execution)
         self._ahead = ahead
         self._logs = logs
-        self._first: Callable[[Any], None] | None = first
+        self._first = first
         self._last = last
         model.train_function = self
 
@@ -42,9 +43,12 @@ class Skip:
         """One step of the loop; the last argument is the iterator, the first one before it JAX's state."""
         if self._calls == 0 or self._model.history is not self._history:
             self.end()
+            if self._ahead and self._model.history is self._history:
+                self._take(args[-1], 0)
+                self._last()
             return self._inner(*args)
         self._calls -= 1
-        self._take(args[-1])
+        self._take(args[-1], self._model.steps_per_execution)
         if self._calls == 0:
             self._last()
         return self._logs if len(args) == 1 else (self._logs, *args[:-1])
@@ -54,11 +58,12 @@ class Skip:
         if self._model.train_function is self:
             self._model.train_function = self._inner
 
-    def _take(self, iterator: Any) -> None:
+    def _take(self, iterator: Any, count: int) -> None:
+        """Take those ahead and ``count`` batches."""
         ahead, self._ahead = self._ahead, 0
+        found = [self._next(iterator) for _ in range(ahead + count)]
         # As in the real function, the last step of an epoch may find fewer batches, but not none.
-        found = [self._next(iterator) for _ in range(ahead + self._model.steps_per_execution)]
-        if found[ahead] is not _END:
+        if _END not in found[: ahead + 1]:
             return
         if ahead:
             raise UsageError(

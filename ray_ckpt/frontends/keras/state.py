@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from ray_ckpt.bundle import dtype_of
 from ray_ckpt.catalog import open_for_reading, with_checkpoint
 from ray_ckpt.errors import MismatchError, NoCheckpointError, UsageError
+from ray_ckpt.leaves import PerWorker, per_worker_name
 from ray_ckpt.restore import StoredCheckpoint, read_boxes
 from ray_ckpt.tree import Named
 from ray_ckpt.types import Box
@@ -21,6 +23,9 @@ MONITOR = "keras/monitor"
 
 TRAINING = "keras/training"
 """Leaf of `BackupAndRestore`: JSON with the position in the training, the same on all workers."""
+
+_SEED = "seed_generator_state"
+"""Keras's name of a seed generator's variable."""
 
 _COUNTER = re.compile(r"_\d+(?=_|/|$)")
 
@@ -66,11 +71,41 @@ def values(named: Mapping[str, Any]) -> Named:
     return Named({name: variable.value for name, variable in named.items()})
 
 
+def own_names(named: Mapping[str, Any], world_size: int) -> list[str]:
+    """The variables of which each of several workers has a value of its own: metrics and seed generators.
+
+    Those that a distribution spreads over the workers are one variable.
+    """
+    if world_size == 1:
+        return []
+    own = [name for name, v in named.items() if name.startswith("metrics/") or v.name == _SEED]
+    return [name for name in own if not _is_distributed(named[name].value)]
+
+
+def _is_distributed(value: Any) -> bool:
+    tf = sys.modules.get("tensorflow")
+    if tf is not None and isinstance(value, tf.distribute.DistributedValues):
+        return True
+    return not getattr(value, "is_fully_addressable", True)
+
+
+def mark(leaves: dict[str, Any], own: Collection[str]) -> None:
+    """Make those of ``own`` leaves of each worker; with another number of workers all get the first one's."""
+    for name in own:
+        leaves[name] = PerWorker(leaves[name], on_resize="first")
+
+
+def bare(leaf: Any) -> Any:
+    """What `mark` marked."""
+    return leaf.value if isinstance(leaf, PerWorker) else leaf
+
+
 def assign(named: Mapping[str, Any], restored: Mapping[str, Any]) -> None:
     """Give the variables their restored values; TensorFlow's have them already, as those were assigned in place."""
     for name, variable in named.items():
-        if restored[name] is not variable.value:
-            variable.assign(restored[name])
+        value = bare(restored[name])
+        if value is not variable.value:
+            variable.assign(value)
 
 
 def forms(named: Mapping[str, Any]) -> list[tuple[str, str, list[int]]]:
@@ -121,7 +156,7 @@ def load_variables(
 ) -> None:
     """Give a built model the variables that one of the callbacks saved: of ``step``, or of the newest checkpoint.
 
-    ``optimizer=False`` leaves the optimizer as it is. Needs no Ray.
+    ``optimizer=False`` leaves the optimizer as it is. Of what each worker saved, it is rank 0's. Needs no Ray.
 
     Raises:
         MismatchError: model and checkpoint differ; lists how.
@@ -139,12 +174,12 @@ def load_variables(
 def _arrays(stored: StoredCheckpoint, named: Mapping[str, Any]) -> dict[str, Any]:
     """The stored arrays by the names of the model's variables."""
     description = described(stored, MONITOR if MONITOR in stored.names else TRAINING)
-    names = description["variables"]
     if description.get("finished"):
         raise NoCheckpointError(f"{stored.where} is of a training that has ended: its variables were given up")
-    by_name = renamed(list(named), names)
+    names = {name: _tensor_name(stored, description, name) for name in description["variables"]}
+    by_name = renamed(list(named), list(names))
     found = {name: by_name.get(name, name) for name in named}
-    tensors = {name: stored.tensor(name) for name in names}
+    tensors = {name: stored.tensor(tensor) for name, tensor in names.items()}
     wrong = [f"{name}: not in the checkpoint" for name, other in found.items() if other not in tensors]
     wrong += [f"{other}: not in the model" for other in sorted(tensors.keys() - set(found.values()))]
     for name, dtype, shape in forms({name: named[name] for name, other in found.items() if other in tensors}):
@@ -154,5 +189,11 @@ def _arrays(stored: StoredCheckpoint, named: Mapping[str, Any]) -> dict[str, Any
     if wrong:
         raise MismatchError(f"{stored.where} is not of this model: {'; '.join(wrong[:20])}")
     arrays = blanks([(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()])
-    read_boxes(stored, [(name, Box.whole(array.shape), array) for name, array in arrays.items()])
+    read_boxes(stored, [(names[name], Box.whole(array.shape), array) for name, array in arrays.items()])
     return {name: arrays[other] for name, other in found.items()}
+
+
+def _tensor_name(stored: StoredCheckpoint, description: Mapping[str, Any], name: str) -> str:
+    if name not in description["own"] or stored.metadata is None:
+        return name
+    return per_worker_name(name, 0, stored.metadata.world_size)
