@@ -13,7 +13,7 @@ import tensorflow as tf
 import ray_ckpt
 from ray_ckpt.coordinator import run_id
 from ray_ckpt.errors import StateError
-from ray_ckpt.frontends.tensorflow import fetch
+from ray_ckpt.frontends.tensorflow import fetch, variants
 from ray_ckpt.frontends.tensorflow.fetch import Fetch
 from ray_ckpt.frontends.tensorflow.saver_graph import SaverTensors
 from ray_ckpt.leaves import Variants
@@ -139,6 +139,56 @@ def test_iterators(session: Any, is_direct: bool, tmp_path: Path) -> None:
 def test_a_variant_that_nobody_saves(session: Any) -> None:
     with pytest.raises(StateError, match=r"'.*' is a variant that no Saver saves"):
         Fetch(session, [tf1.data.Dataset.range(3)._variant_tensor])()
+
+
+@pytest.mark.parametrize("machine", ["this one", "another"])
+def test_variants_of_a_remote_session(machine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = tf1.train.Server.create_local_server()
+    with tf.Graph().as_default(), tf1.Session(server.target) as session:
+        numbers = tf1.data.make_initializable_iterator(tf1.data.Dataset.range(100))
+        following = numbers.get_next()
+        tf1.add_to_collection("saveable_objects", tf.data.experimental.make_saveable_from_iterator(numbers))
+        saver = tf1.train.Saver()
+        saved = SaverTensors.of(saver.saver_def, session.graph)
+        session.run(numbers.initializer)
+        assert session.run([following, following])
+        saver.save(session, str(tmp_path / "model"))
+        before = session.run(following)
+        if machine == "another":
+            # It has other files below the same names.
+            monkeypatch.setattr(variants, "_run", lambda *_: None)
+            with pytest.raises(StateError, match=r"'.*' cannot be saved: .*in a session of b'grpc://.*does not see"):
+                Fetch(session, saved.fetches)()
+            monkeypatch.undo()
+            monkeypatch.setattr(variants, "_write", lambda *_: None)
+            with pytest.raises(StateError, match=r"'.*' cannot be restored: .*in a session of b'grpc://.*does not see"):
+                ray_ckpt.restore_session(session, tmp_path, saver)
+        else:
+            assert [type(leaf) for leaf in saved.state(Fetch(session, saved.fetches)()).values()] == [Variants]
+            ray_ckpt.restore_session(session, tmp_path, saver)
+            assert session.run(following) == before
+
+
+def test_keys_and_values_of_a_table_come_from_one_run(session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where another thread fills the table between the two runs that a fetch makes."""
+    table = tf.lookup.experimental.MutableHashTable(tf.string, tf.int64, -1, name="other")
+    more = table.insert(tf.constant(["a"]), tf.constant([1], tf.int64))
+    weights = tf1.get_variable("v", initializer=1.0)
+    fetches = [*table.export(), weights.read_value()]
+    session.run(tf1.global_variables_initializer())
+    run = fetch._Direct.run
+    calls: list[int] = []
+
+    def run_and_fill(direct: Any) -> Any:
+        values = run(direct)
+        session.run(more)
+        calls.append(1)
+        return values
+
+    monkeypatch.setattr(fetch._Direct, "run", run_and_fill)
+    keys, values, weight = Fetch(session, fetches)()
+    assert calls == [1]
+    assert (keys.tolist(), values.tolist(), weight) == ([b"a"], [1], 1.0)
 
 
 @pytest.mark.xdist_group("ray")

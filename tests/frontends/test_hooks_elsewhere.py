@@ -43,22 +43,29 @@ def test_a_store_that_tensorflow_cannot_open(ray_cluster: Cluster) -> None:
     with s3_server() as server:
         url = f"{server.make_bucket('hooks')}/runs/1"
         RUNS.add(run_id(url))
-        for runs in (3, 2):
+        for runs in (3, 2, 2):
             with tf.Graph().as_default():
                 made = model()
                 listeners = [Listener("A", noted)]
                 options: dict[str, Any] = {"storage_options": server.storage_options, "listeners": listeners}
-                with session(CheckpointSaverHook(url, save_steps=2, **options)) as opened:
+                hook = CheckpointSaverHook(url, save_steps=2, saver=tf1.train.Saver(max_to_keep=2), **options)
+                with session(hook) as opened:
                     restored.append(float(opened.run(made.weights)[0]))
                     for _ in range(runs):
                         opened.run(made.train)
+
+        def kept() -> list[int]:
+            return [checkpoint.step for checkpoint in checkpoints(url, storage_options=server.storage_options)]
+
+        # The Saver of each start was told of what the one before has left.
+        eventually(lambda: kept() == [5, 7], "starts delete what earlier ones have saved")
         found = checkpoints(url, storage_options=server.storage_options)
         store = open_store(url, storage_options=server.storage_options)
         graph, meta = store.read("graph.pbtxt"), store.read(f"{found[-1].prefix}.meta")
         names = [info.path for info in store.list("")]
-    assert restored == [0.0, 30.0]
-    assert [event[2] for event in noted if event[1] == "after"] == [0, 2, 3, 3, 5]
-    assert found[-1].step == 5
+    assert restored == [0.0, 30.0, 50.0]
+    assert [event[2] for event in noted if event[1] == "after"] == [0, 2, 3, 3, 5, 5, 7]
+    assert found[-1].step == 7
     assert b'name: "weights"' in graph
     assert tf1.MetaGraphDef.FromString(meta).saver_def.restore_op_name
     assert not [name for name in names if "tfevents" in name]

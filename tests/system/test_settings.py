@@ -27,6 +27,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"keep_every_hours": -1.0}, "keep_every_hours must be positive"),
     ({"keep_before": -1}, "keep_before must be the number of a generation, or 0, found -1"),
     ({"keep_before": True}, "keep_before must be the number of a generation, or 0, found True"),
+    ({"keep_hours_grid": True}, "keep_hours_grid must be a time in seconds since the epoch, found True"),
+    ({"keep_hours_from": 1.0, "keep_hours_grid": 1.0}, "give keep_hours_from or keep_hours_grid, not both"),
     ({"keep_hours_from": float("nan")}, "keep_hours_from must be a time in seconds since the epoch, found nan"),
     ({"basename": ""}, "basename must be a file name"),
     ({"basename": "a/b"}, "basename must be a file name such as \"model.ckpt\", found 'a/b'"),

@@ -41,7 +41,7 @@ def read_variants(session: Any, tensors: Sequence[Any]) -> list[Variants]:
     """The values of variant tensors that a Saver of the session's graph saves.
 
     Raises:
-        StateError: no Saver saves one of them.
+        StateError: no Saver saves one of them, or the session is another machine's.
         tf.errors.OpError: it cannot be serialized.
     """
     return [_read(session, tensor) for tensor in tensors]
@@ -61,6 +61,8 @@ def _read(session: Any, tensor: Any) -> Variants:
             **{other: _empty(other) for other in saved if other is not tensor},
         }
         _run(session, [op], feeds)
+        if not Path(index_name(f"{folder}/v")).exists():
+            raise _elsewhere(session, f"{tensor.name!r} cannot be saved")
         stored = open_checkpoint(open_store(folder, single_coordinator=True), "v")
         return _variants(stored, str(number))
 
@@ -69,12 +71,27 @@ def run_with_variants(session: Any, ops: Sequence[Any], values: Mapping[Any, np.
     """Run ops with these values in place of outputs of `RestoreV2` ops; of variants they are serialized elements.
 
     Raises:
+        StateError: the session is another machine's.
         tf.errors.OpError: a value is not what the ops can take.
     """
+    import tensorflow as tf
+
     feeds = {tensor: value for tensor, value in values.items() if not is_variant(tensor)}
     variants = {tensor: value for tensor, value in values.items() if is_variant(tensor)}
     with tempfile.TemporaryDirectory(prefix="ray-ckpt-variant-") as folder:
-        _run(session, ops, {**feeds, **_feeds(folder, variants)})
+        try:
+            _run(session, ops, {**feeds, **_feeds(folder, variants)})
+        except tf.errors.NotFoundError:
+            if not session.sess_str:
+                raise
+            raise _elsewhere(session, f"{next(iter(variants)).name!r} cannot be restored") from None
+
+
+def _elsewhere(session: Any, what: str) -> StateError:
+    return StateError(
+        f"{what}: it is a variant (the state of a tf.data iterator) in a session of {session.sess_str!r}, which runs on"
+        " a machine that does not see this one's temporary folder: leave it out of the Saver, or use a local session"
+    )
 
 
 def _run(session: Any, ops: Sequence[Any], feeds: Mapping[Any, np.ndarray[Any, Any]]) -> None:
