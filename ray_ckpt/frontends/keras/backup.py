@@ -76,6 +76,8 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]
     `keras.utils.set_random_seed`), or a dataset whose order is the same in each epoch. The state of other callbacks
     (`EarlyStopping`, ...) is not saved, nor is TensorFlow's own random state. With a `tf.distribute` strategy the
     sums of running metrics are divided among replicas anew, which may change the last bit of the resumed epoch's.
+    Several workers without such a strategy keep metrics, seed generators and random states of their own; all other
+    variables are the same on all of them.
 
     Args:
         directory_url: directory or bucket of this callback's own; any URL of `ray_ckpt.Checkpointer`.
@@ -90,7 +92,8 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]
     Checkpoints are also taken on `ray-ckpt save`; on `request_stop` the training ends after one, not given up.
 
     Raises:
-        UsageError: wrong arguments; in `fit`: the model is not built, or the directory is another callback's.
+        UsageError: wrong arguments; in `fit`: the model is not built, the directory is another callback's, or the
+            backup is of epoch 0 and `initial_epoch` is not.
         MismatchError: in `fit`: the model is not the one that was saved.
         SaveError, FencedError, StorageError: in `fit`, as `ray_ckpt.Checkpointer`.
     """
