@@ -148,16 +148,16 @@ class Checkpointer:
         self._store = open_store(url, storage_options=storage_options, single_coordinator=single_coordinator)
         self.url = self._store.url
         check_place(self.url)
-        if self.rank == 0:
-            self._store.check()
         memory_folder = None if memory_dir is None else os.fspath(memory_dir)
         home = Home(self.url, dict(storage_options or {}), single_coordinator, writers_per_host, memory_folder)
-        ensure_ray()
-        self._open(Link(home, self.rank, config), config, timeouts)
+        self._open(home, config, timeouts)
 
-    def _open(self, link: Link, config: JobConfig, timeouts: Timeouts) -> None:
+    def _open(self, home: Home, config: JobConfig, timeouts: Timeouts) -> None:
+        if self.rank == 0:
+            self._store.check()
+        ensure_ray()
         self.should_stop = False
-        self._link = link
+        self._link = link = Link(home, self.rank, config)
         self._config = config
         self._start_timeout_s = timeouts.start_s
         self._last: tuple[int, Any] | None = None
