@@ -312,16 +312,31 @@ class Checkpointer:
     def save(self, step: int, state: Any, *, force: bool = False) -> None:
         """Save this step now, in the background; call it on every worker with the same step.
 
-        The step that was restored is not saved again, unless ``force``.
+        The step that was restored is not saved again, unless ``force``. What is saved already is not saved twice.
+
+        Raises:
+            SaveError: `save` was called for this step before, and that failed: save at a later step.
+            RayCkptError: as `step`.
         """
         step = whole_step(step)
         if not self._ready or self._link.trouble is not None:
             self._prepare(state)
+        self._check_not_failed(step)
         self._last = (step, state)
         if step == self.restored_step and not force:
             logger.info("step %d was restored from %s and is saved already", step, self.url)
             return
         self._save_asked(step, state, "explicit")
+
+    def _check_not_failed(self, step: int) -> None:
+        """A decided save stays so. The failure of one that was not asked for by `save` is only warned about."""
+        logic = self._link.logic
+        with self._link.condition:
+            outcome, trigger = logic.outcomes.get(step), logic.snapshots.get(step, "explicit")
+        failed = outcome is not None and outcome.state == "failed"
+        if step in self._told or (failed and trigger == "explicit"):
+            why = f": {outcome.error}" if outcome is not None and outcome.error else ""
+            raise SaveError(f"{self.url}: the save of step {step} has failed{why}; save at a later step")
 
     def _save_asked(self, step: int, state: Any, trigger: Trigger) -> None:
         with self._link.condition:

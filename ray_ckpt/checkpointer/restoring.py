@@ -11,6 +11,8 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from tenacity import retry, retry_if_exception_message, stop_after_attempt
+
 from ray_ckpt import log
 from ray_ckpt.checkpointer.link import Link
 from ray_ckpt.errors import DamagedError, NoCheckpointError, ObjectMissingError, UsageError
@@ -51,7 +53,7 @@ def restore(
         _check_shared(link, store, decision)
         if ahead is not None and (decision.checkpoint is None or _id(decision.checkpoint) != ahead[0]):
             ahead = None
-        value, damage = _read(link, store, decision, read) if ahead is None else (ahead[1](), None)
+        value, damage = _read(link, store, decision, read, ahead and ahead[1])
         ahead = None
         with link.condition:
             link.logic.restore_read(RestoreResult(*key, damage))
@@ -74,6 +76,17 @@ def adopt(link: Link, store: Store, step: int | None, timeout_s: float) -> Check
     wish = RestoreWish("none") if step is None else RestoreWish("step", step)
     found, _ = restore(link, store, wish, None, timeout_s)
     return found
+
+
+retry_until_agreed = retry(
+    retry=retry_if_exception_message(match=r"(?s).*the ranks ask for different restores"),
+    stop=stop_after_attempt(3),
+    reraise=True,
+)
+"""For what makes a `Checkpointer` and adopts a step that it looks for: all ranks look again where they found others.
+
+Each looks for itself, and a save of the start before may be committed between two looks.
+"""
 
 
 def _id(checkpoint: Checkpoint) -> tuple[str, str, int]:
@@ -128,16 +141,20 @@ def _next_decision(link: Link, key: tuple[int, int], timeout_s: float) -> Restor
     return found
 
 
-def _read(link: Link, store: Store, decision: RestoreDecision, read: Read | None) -> tuple[Any, str | None]:
-    """(value, None) or (None, what is damaged)."""
+def _read(
+    link: Link, store: Store, decision: RestoreDecision, read: Read | None, ahead: Build | None
+) -> tuple[Any, str | None]:
+    """(value, None) or (None, what is damaged). ``ahead``: what was read before the choice, if it was of this one."""
     chosen = decision.checkpoint
     if decision.note:
         logger.warning("%s: %s", link.url, decision.note)
     if chosen is None or read is None:
         return None, None
     try:
-        with log.pin(store, chosen.prefix, by=f"rank {link.rank} of generation {decision.generation}"):
-            build = read(open_checkpoint(store, chosen))
+        build = ahead
+        if build is None:
+            with log.pin(store, chosen.prefix, by=f"rank {link.rank} of generation {decision.generation}"):
+                build = read(open_checkpoint(store, chosen))
         return build(), None
     except (DamagedError, ObjectMissingError) as error:
         return None, str(error)

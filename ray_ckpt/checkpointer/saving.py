@@ -20,6 +20,9 @@ logger = logging.getLogger(__name__)
 _STRING_ROOM_NBYTES = 1 << 20
 """Room for leaves without a fixed size, before the first save shows how large they are."""
 
+_STRING_GROWTH = 0.5
+"""By how much more they get than they need, as they may grow from save to save: not all memory is made anew then."""
+
 _PREPARE_S = 600.0
 
 
@@ -72,7 +75,7 @@ class Saver:
         if plan is None:
             return
         nbytes = needed_nbytes(plan, layout, values)
-        segment = self._memory(step, nbytes)
+        segment = self._memory(step, nbytes, plan)
         while segment is not None:
             try:
                 take_snapshot(
@@ -81,7 +84,7 @@ class Saver:
                 )  # fmt: skip
             except SegmentTooSmallError as error:
                 # A string has grown between measuring and copying: another thread changes the state.
-                segment = self._memory(step, 2 * error.needed_nbytes)
+                segment = self._memory(step, 2 * error.needed_nbytes, plan)
                 continue
             self._first = False
             with self._link.condition:
@@ -102,17 +105,18 @@ class Saver:
         )
         return logic.plan_ready
 
-    def _memory(self, step: int, nbytes: int) -> Segment | None:
+    def _memory(self, step: int, nbytes: int, plan: RankPlan) -> Segment | None:
         """A free segment; None if the save failed while it was waited for."""
+        roomy = nbytes + max(_STRING_ROOM_NBYTES, int(_STRING_GROWTH * (nbytes - plan.fixed_nbytes)))
         if nbytes > self.slots.nbytes:
-            self.slots.grow(nbytes + _STRING_ROOM_NBYTES)
+            self.slots.grow(roomy)
         found: list[Segment] = []
 
         def ready() -> bool:
             if self.slots.error is not None or step in self._link.logic.outcomes:
                 return True
             if nbytes > self.slots.nbytes:
-                self.slots.grow(nbytes + _STRING_ROOM_NBYTES)
+                self.slots.grow(roomy)
             segment = self.slots.free(nbytes)
             found.extend([segment] if segment is not None else [])
             return segment is not None

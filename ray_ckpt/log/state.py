@@ -24,6 +24,12 @@ def repair_state_file(store: Store) -> bool:
 
     Its version is read first and the log second, so a file that was written from a newer log is never
     replaced by an older one. A directory without a log, or where nothing was committed, is left alone.
+
+    Superseded checkpoints are not named, not even where there are no others: from the seal of a start that came from
+    none of them to its first commit the file says that there is no checkpoint, as `Checkpointer.restore` does. Readers
+    that wait for one go on waiting; a restart would else train on from what the run has said it does not come from.
+    They stay where they are, to be restored by their paths or steps, until retention deletes them.
+
     Raises `StorageError`, and `UnavailableError` if others keep changing the file.
     """
     changed = False

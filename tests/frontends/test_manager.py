@@ -17,9 +17,12 @@ import pytest
 import tensorflow as tf
 
 import ray_ckpt
+from ray_ckpt import log
 from ray_ckpt.coordinator import run_id
-from ray_ckpt.errors import StateError
+from ray_ckpt.errors import MismatchError, SaveError, StateError
+from ray_ckpt.protocol.messages import SaveOutcome
 from ray_ckpt.storage import open_store
+from ray_ckpt.types import Claim
 from tests.cluster import ROOT, RUNS
 from tests.restore.make import flip
 from tests.system.waiting import eventually
@@ -249,6 +252,108 @@ def test_a_number_that_is_not_higher(ours: Make) -> None:
     assert len(m.checkpoints) == 1
 
 
+def test_a_number_that_a_dead_coordinator_has_claimed(ours: Make, tmp_path: Path) -> None:
+    ours(counting()).restore_or_initialize()
+    # One that this coordinator does not sweep: that would be in the log's mark, sooner or later.
+    log.put_claim(open_store(tmp_path), Claim("e000099-000001", 99, 0, 7, "ckpt-7", 3))
+    for number, value in ((6, 1.0), (7, 2.0), (8, 3.0)):
+        m = ours(counting(value), None)
+        path = m.save(number)
+        m.sync()
+        assert m.latest_checkpoint == path
+        assert value_of(path) == value
+
+
+def break_shards(tmp_path: Path, number: int) -> None:
+    """Where the shards may go folders lie: nothing can."""
+    for count in (4, 7):
+        for shard in range(count):
+            (tmp_path / f"ckpt-{number}.data-{shard:05d}-of-{count:05d}").mkdir()
+
+
+def test_a_number_is_saved_again_after_it_has_failed(ours: Make, tmp_path: Path) -> None:
+    checkpoint = counting(1.0)
+    m = ours(checkpoint, None)
+    m.save(1)
+    outside = tf.Variable(0, dtype=tf.int64)
+    checkpoint.more = iter(tf.data.Dataset.range(5).map(lambda x: x + outside))
+    with pytest.raises(StateError, match="TensorFlow cannot save an object"):
+        m.save(2)
+    del checkpoint.more
+    checkpoint.v.assign(2.0)
+    path = m.save(2)
+    m.sync()
+    assert (m.latest_checkpoint, value_of(path)) == (path, 2)
+    break_shards(tmp_path, 3)
+    m.save(3)
+    with pytest.raises(SaveError, match="step 3 was not saved"):
+        m.sync()
+    checkpoint.v.assign(3.0)
+    path = m.save(3)
+    assert value_of(path) == 3
+    assert [value_of(found) for found in m.checkpoints] == [1, 2, 3]
+
+
+def test_blocking_says_what_was_not_saved(ours: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    m = ours(counting(), blocking=True)
+    failed = SaveOutcome(1, 1, "failed", error="the reason", quiet=True)
+    monkeypatch.setattr(ray_ckpt.Checkpointer, "outcome", lambda *_: failed)
+    with pytest.raises(SaveError, match="number 1 was not saved: the reason"):
+        m.save()
+
+
+def test_a_start_that_fails_is_left(ours: Make) -> None:
+    first = ours(tf.train.Checkpoint(v=tf.Variable([1.0, 2.0])), None)
+    first.save()
+    checkpoint = counting(3.0)
+    m = ours(checkpoint, None)
+    with pytest.raises(MismatchError, match="shape"):
+        m.restore_or_initialize()
+    assert m._job is None
+    checkpoint.save_counter.assign(1)
+    path = m.save()
+    m.sync()
+    assert value_of(path) == 3
+
+
+def test_workers_that_look_at_different_moments_look_again(
+    ours: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours(counting(1.0), None).save(1)
+    ours(counting(1.0), None).save(2)
+    ours(counting()).sync()
+    all_steps, looks = ray_ckpt.Checkpointer.all_steps, []
+
+    def look(self: ray_ckpt.Checkpointer) -> list[int]:
+        looks.append(self.rank)
+        found = all_steps(self)
+        return found[:-1] if looks.count(1) == 1 and self.rank == 1 else found
+
+    monkeypatch.setattr(ray_ckpt.Checkpointer, "all_steps", look)
+
+    def work(rank: int) -> Any:
+        with ray_ckpt.CheckpointManager(counting(3.0), tmp_path, None, rank=rank, world_size=2) as m:
+            m.save(3)
+            m.sync()
+            return [value_of(path) for path in m.checkpoints]
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(work, range(2))) == [[1, 1, 3]] * 2
+    assert sorted(looks) == [0, 0, 1, 1]
+
+
+def test_a_store_without_exclusive_writes_is_left_to_the_coordinator(
+    ours: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repaired: list[Any] = []
+    monkeypatch.setattr(log, "repair_state_file", repaired.append)
+    m = ours(counting(), single_coordinator=True)
+    path = m.save()
+    m.sync()
+    assert not repaired
+    eventually(lambda: tf.train.latest_checkpoint(tmp_path) == path, "the coordinator names it")
+
+
 def test_a_save_is_of_the_moment_and_waits_for_nobody(ours: Make) -> None:
     checkpoint = counting(1.0)
     m = ours(checkpoint)
@@ -270,6 +375,16 @@ def test_callbacks_are_called_after_the_commit(manager: Make) -> None:
     path = m.save(options=options)
     m.sync()
     assert told == [(path, True)]
+
+
+def test_callbacks_of_a_start_that_is_over_are_not_called_for_another(ours: Make) -> None:
+    m = ours(counting())
+    told: list[str] = []
+    # As after a start whose saves were never heard of.
+    m._untold.append((1, [told.append]))
+    m.save()
+    m.sync()
+    assert told == []
 
 
 def test_a_damaged_one_is_left_out(ours: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 import ray_ckpt
 from ray_ckpt.coordinator import run_id
-from ray_ckpt.errors import MismatchError, NoCheckpointError, StateError, UsageError
+from ray_ckpt.errors import MismatchError, NoCheckpointError, SaveError, StateError, UsageError
 from ray_ckpt.testing.servers import s3_server
 from tests.cluster import RUNS
 
@@ -86,6 +86,39 @@ def test_errors(tmp_path: Path) -> None:
     with job(tmp_path) as ckpt:
         state = ckpt.restore(make(more=tf.Variable(1.0)), partial=True)
     assert (state.w.numpy().tolist(), float(state.more)) == ([2] * 3, 1)
+
+
+def test_a_step_whose_save_has_failed_is_not_silently_left_out(tmp_path: Path) -> None:
+    outside = tf.Variable(0, dtype=tf.int64)
+    state = make(1.0)
+    with job(tmp_path) as ckpt:
+        ckpt.restore(state)
+        state.more = iter(tf.data.Dataset.range(5).map(lambda x: x + outside))
+        with pytest.raises(StateError, match="TensorFlow cannot save an object"):
+            ckpt.save(1, state)
+        state.more = outside
+        with pytest.raises(SaveError, match=r"the save of step 1 has failed.*; save at a later step"):
+            ckpt.save(1, state)
+        ckpt.save(2, state)
+        ckpt.wait()
+        ckpt.save(2, state)
+    assert [c.step for c in ray_ckpt.checkpoints(tmp_path)] == [2]
+
+
+def test_a_step_whose_save_has_failed_later_is_not_silently_left_out(tmp_path: Path) -> None:
+    state = make(1.0)
+    with job(tmp_path) as ckpt:
+        ckpt.restore(state)
+        for shard in range(7):
+            for count in (4, 7):
+                (tmp_path / f"model.ckpt-1.data-{shard:05d}-of-{count:05d}").mkdir()
+        ckpt.save(1, state)
+        with pytest.raises(SaveError, match="step 1 was not saved"):
+            ckpt.wait()
+        with pytest.raises(SaveError, match=r"the save of step 1 has failed.*; save at a later step"):
+            ckpt.save(1, state)
+        ckpt.save(2, state)
+    assert [c.step for c in ray_ckpt.checkpoints(tmp_path)] == [2]
 
 
 @pytest.mark.slow

@@ -57,12 +57,17 @@ def test_preserved_ones_are_not_named_but_for_the_only_one_to_restore(store: Sto
 
 
 def test_nothing_current_is_said_to_be_nothing(store: Store) -> None:
+    """As a restore finds nothing: a superseded checkpoint is never the default, though it is still there."""
     fill(store, 1, 1)
     repair_state_file(store)
     append(store, record(2, checkpoint(1, superseded=True)))
     assert repair_state_file(store)
     assert newest(store) is None
+    assert [c.prefix for c in live_checkpoints(store)] == ["model.ckpt-1"]
     assert not repair_state_file(store)
+    append(store, record(3, checkpoint(1, superseded=True), checkpoint(2)))
+    assert repair_state_file(store)
+    assert newest(store) == "model.ckpt-2"
 
 
 def test_a_log_without_commits_leaves_the_file_alone(store: Store) -> None:

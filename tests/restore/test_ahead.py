@@ -12,7 +12,7 @@ import pytest
 
 from ray_ckpt.bundle import shard_name
 from ray_ckpt.checkpointer.restoring import restore
-from ray_ckpt.errors import MismatchError
+from ray_ckpt.errors import DamagedError, MismatchError
 from ray_ckpt.log import list_pins, put_claim
 from ray_ckpt.protocol.messages import RestoreDecision, RestoreResult, RestoreWish
 from ray_ckpt.restore import StoredCheckpoint
@@ -66,6 +66,18 @@ class ScriptedLink:
 
 def saved(store: Store, *steps: int) -> list[Checkpoint]:
     return [commit(store, step, {"w": np.full(4, step, np.float32)}) for step in steps]
+
+
+class LateDamageLink(ScriptedLink):
+    """Reading finds nothing wrong with step 2, which cannot be built all the same."""
+
+    def read(self, stored: StoredCheckpoint) -> Callable[[], Any]:
+        build = super().read(stored)
+
+        def fail() -> Any:
+            raise DamagedError(f"{stored.prefix} cannot be read")
+
+        return fail if stored.prefix.endswith("-2") else build
 
 
 def run(
@@ -124,6 +136,14 @@ def test_damage_is_reported_only_of_what_is_chosen(store: Store) -> None:
     assert events == ["wish", "read 2", "choice", "read 2", "damaged", "choice", "read 1", "build 1", "restored"]
     assert state == [1] * 4
     assert "damaged" not in run(store, [older])[0]
+
+
+def test_damage_that_only_building_finds_is_reported_too(store: Store) -> None:
+    older, newest = saved(store, 1, 2)
+    link = LateDamageLink(store.url, [newest, older])
+    found, state = restore(link, store, NEWEST, link.read, 1.0)  # type: ignore[arg-type]
+    assert (found, state["w"].tolist()) == (older, [1] * 4)
+    assert link.events == ["wish", "read 2", "choice", "damaged", "choice", "read 1", "build 1", "restored"]
 
 
 def test_a_mismatch_is_raised_once_its_checkpoint_is_chosen(store: Store) -> None:

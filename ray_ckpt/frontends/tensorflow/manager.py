@@ -11,13 +11,14 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from types import TracebackType
 from typing import Any
 
 from ray_ckpt import log
-from ray_ckpt.checkpointer import Checkpointer
-from ray_ckpt.errors import RayCkptError, UsageError
+from ray_ckpt.checkpointer import Checkpointer, retry_until_agreed
+from ray_ckpt.errors import RayCkptError, SaveError, UsageError
 from ray_ckpt.storage import open_store
 from ray_ckpt.trackable import check_kind
 from ray_ckpt.types import PRIVATE_DIR, Checkpoint
@@ -136,10 +137,13 @@ class CheckpointManager:
     def save(self, checkpoint_number: Any = None, check_interval: bool = True, options: Any = None) -> str | None:
         """Snapshot the objects now and save them in the background; the path, or None if nothing was to be saved.
 
+        What is committed, and where, `latest_checkpoint` says: the path is where this save goes if all goes well.
+
         Args:
             checkpoint_number: an int, variable or tensor; by default the checkpoint's ``save_counter``, which is
-                incremented in any case. After a number that is not higher than the last one, what was committed
-                from this number on is superseded: never the default again, and the first to be deleted.
+                incremented in any case. With a number that is not higher than the last one, be it that of a save that
+                failed, a new start begins: what was committed from this number on is superseded, never the default
+                again, and the first to be deleted.
             check_interval: if False, save although the interval is not over, unless this very step was saved.
             options: of `tf.train.CheckpointOptions` only ``experimental_write_callbacks`` has a meaning here: called
                 with the path by the first call of a method after the commit.
@@ -155,8 +159,9 @@ class CheckpointManager:
         counter.assign_add(1)
         number = int(counter if checkpoint_number is None else checkpoint_number)
         job = self._job_for(number)
-        job.save(number, self.checkpoint, force=True)
+        # First, so that after an error the same number can be saved by a new start: this one has given it up.
         self._last_number = number
+        job.save(number, self.checkpoint, force=True)
         callbacks = getattr(options, "experimental_write_callbacks", None)
         if callbacks:
             self._untold.append((number, list(callbacks)))
@@ -165,6 +170,8 @@ class CheckpointManager:
             self.sync()
             outcome = job.outcome(number)
             assert outcome is not None
+            if outcome.state != "committed":
+                raise SaveError(f"{self._directory}: number {number} was not saved: {outcome.error}; save it again")
             return self._path(outcome.prefix)
         self._tell()
         return self._path(f"{self._options['basename']}-{number}")
@@ -179,7 +186,7 @@ class CheckpointManager:
         return True
 
     def sync(self) -> None:
-        """Wait until all saves are committed, and named in the `checkpoint` file.
+        """Wait until all saves are committed, and named in the `checkpoint` file; soon after, if `single_coordinator`.
 
         Raises:
             SaveError: one has failed; says why.
@@ -195,8 +202,11 @@ class CheckpointManager:
     wait = sync
 
     def _publish(self, job: Checkpointer) -> None:
-        """Have `tf.train.latest_checkpoint` find the last commit, in case the coordinator has not come to it yet."""
-        if job.rank == 0:
+        """Have `tf.train.latest_checkpoint` find the last commit, in case the coordinator has not come to it yet.
+
+        Where the store cannot keep two writers apart, that is left to the coordinator.
+        """
+        if job.rank == 0 and not self._options["single_coordinator"]:
             log.repair_state_file(self._store)
 
     def _tell(self) -> None:
@@ -223,10 +233,11 @@ class CheckpointManager:
             CheckpointError: all checkpoints are damaged.
             UnavailableError: not all workers came; names who is late.
         """
-        job = self._open()
-        job.restore(self.checkpoint, partial=True)
+        self.close()
+        with self._starting() as job:
+            job.restore(self.checkpoint, partial=True)
         step = job.restored_step
-        self._started(-1 if step is None else step)
+        self._last_number = -1 if step is None else step - 1
         if step is None:
             if self._init_fn is not None:
                 self._init_fn()
@@ -240,27 +251,39 @@ class CheckpointManager:
 
     def _job_for(self, number: int) -> Checkpointer:
         """The job that may save under this number: a new one at first, and after one that is not lower."""
-        if self._job is not None and number > self._last_number:
-            return self._job
-        job = self._open()
-        # The objects were restored by TensorFlow itself, if at all, and the number tells from where.
-        job.adopt(max((step for step in job.all_steps() if step < number), default=None))
-        self._started(-1)
-        return job
-
-    def _open(self) -> Checkpointer:
-        self.close()
-        since = None if not self._hours else self._kept_since()
-        self._job = Checkpointer(self._directory, **self._options, keep_hours_from=since)
-        # Scripts for TensorFlow's class never close it; their last save is not to be lost with a Ray of their own.
-        atexit.register(self._close_at_exit)
+        if self._job is None or number <= self._last_number:
+            self._give_up()
+            self._job = self._adopt(number)
         return self._job
 
-    def _started(self, number: int) -> None:
-        """All workers are there, and the log is ours: what it says of numbers in use stays true."""
+    @retry_until_agreed
+    def _adopt(self, number: int) -> Checkpointer:
+        """A new job, for objects that TensorFlow itself has restored, if at all: the number tells from where."""
+        with self._starting() as job:
+            job.adopt(max((step for step in job.all_steps() if step < number), default=None))
+        return job
+
+    @contextmanager
+    def _starting(self) -> Iterator[Checkpointer]:
+        """A new job, which becomes this manager's once all workers have come together in it, and else is left."""
+        since = None if not self._hours else self._kept_since()
+        with ExitStack() as undo:
+            job = undo.enter_context(Checkpointer(self._directory, **self._options, keep_hours_from=since))
+            yield job
+            self._taken_numbers = self._numbers_in_use(job)
+            undo.pop_all()
+        self._job = job
+        self._untold.clear()
+        # Scripts for TensorFlow's class never close it; their last save is not to be lost with a Ray of their own.
+        atexit.register(self._close_at_exit)
+
+    def _numbers_in_use(self, job: Checkpointer) -> int:
+        """The highest number that was in use before this start; its log, which is ours now, stays true."""
+        # The claims first: what is swept before the log is read has raised its mark by then.
+        claimed = (claim.step for claim in log.list_claims(self._store) if claim.generation != job.generation)
+        highest = max(claimed, default=-1)
         head = log.read_head(self._store)
-        self._last_number = number - 1
-        self._taken_numbers = -1 if head is None else head.high_water
+        return highest if head is None else max(highest, head.high_water)
 
     def _kept_since(self) -> float:
         """When the first manager that keeps some by hours came to this directory, in seconds since the epoch."""
@@ -281,16 +304,27 @@ class CheckpointManager:
         Raises:
             SaveError: the last save failed.
         """
-        job = self._job
-        if job is None:
-            return
-        try:
-            job.close()
-            self._publish(job)
-        finally:
-            atexit.unregister(self._close_at_exit)
-            self._tell()
-            self._job = None
+        if self._job is not None:
+            try:
+                self._job.close()
+                self._publish(self._job)
+            finally:
+                self._forget()
+
+    def _give_up(self) -> None:
+        """Leave the job for another one: a save that failed was warned about, and is to be made again."""
+        if self._job is not None:
+            try:
+                with suppress(SaveError):
+                    self._job.wait()
+            finally:
+                self._job.leave()
+                self._forget()
+
+    def _forget(self) -> None:
+        atexit.unregister(self._close_at_exit)
+        self._tell()
+        self._job = None
 
     def __enter__(self) -> CheckpointManager:
         return self
