@@ -65,18 +65,31 @@ class SessionWorker:
     """A process that trains one session after the other."""
 
     def train(
-        self, rank: int, folder: str, last: int, *, restore: bool = False, scale: float = 1.0, **cadence: Any
+        self,
+        rank: int,
+        folder: str,
+        last: int,
+        *,
+        restore: bool = False,
+        scale: float = 1.0,
+        stop_at: tuple[int, ...] = (),
+        **cadence: Any,
     ) -> tuple[int, int]:
-        """Train to step ``last`` or until told to stop; (first, last) value of the global step in this session."""
+        """Train to step ``last`` or until told to stop; (first, last) value of the global step in this session.
+
+        ``stop_at``: after the saves of these steps a listener of this worker asks for a stop.
+        """
         import tensorflow as tf
 
         import ray_ckpt
+        from tests.frontends.sessions import Listener
 
         tf1 = tf.compat.v1
         with tf.Graph().as_default():
             update = build(rank, scale)
             step = tf1.train.get_global_step()
-            hook = ray_ckpt.CheckpointSaverHook(folder, rank=rank, world_size=2, **cadence)
+            listeners = [Listener("A", [], stop_at)] if stop_at else []
+            hook = ray_ckpt.CheckpointSaverHook(folder, rank=rank, world_size=2, listeners=listeners, **cadence)
             with tf1.train.MonitoredTrainingSession(
                 checkpoint_dir=folder if restore else None,
                 hooks=[hook],

@@ -165,6 +165,15 @@ def test_a_save_that_is_asked_for(workers: list[Any], folder: str) -> None:
     assert last == other_last == steps(folder)[-1] > step
 
 
+def test_a_listener_of_one_worker_stops_both(workers: list[Any], folder: str) -> None:
+    first, other = workers
+    running = [first.train.remote(0, folder, 10**6, save_steps=50)]
+    running += [other.train.remote(1, folder, 10**6, save_steps=50, stop_at=(50,), blocking=False)]
+    (_, last), (_, other_last) = get(running)
+    assert last == other_last == steps(folder)[-1] > 50
+    assert_holds(f"{folder}/model.ckpt-{last}", last)
+
+
 def test_one_name_for_two_values_is_refused(workers: list[Any], folder: str) -> None:
     """What has one name in several sessions is a replica: its values must be the same."""
     running = [w.train.remote(r, folder, 4, save_steps=2, scale=1.0 + r) for r, w in enumerate(workers)]
