@@ -28,7 +28,7 @@ def main(path: str) -> None:
         def dataset() -> Any:
             return tf.data.Dataset.from_tensor_slices(data()).batch(8)
 
-        return fit(callbacks, seed=seed, model=model, dataset=dataset, validation_data=None, **settings)
+        return fit(callbacks, seed=seed, model=model, dataset=dataset, **settings)
 
     def backup() -> Any:
         return ray_ckpt.BackupAndRestore(path, 1, delete_checkpoint=False)

@@ -41,7 +41,7 @@ def work(path: str, rank: int, seed: int, interrupt: tuple[int, int] | None) -> 
     settings: Any = {"rank": rank, "world_size": 2, "delete_checkpoint": False}
     callbacks = [Draw(), ray_ckpt.BackupAndRestore(path, 2, **settings)]
     del settings["delete_checkpoint"]
-    callbacks.append(ray_ckpt.ModelCheckpoint(f"{path}/models", max_to_keep=1, **settings))
+    callbacks.append(ray_ckpt.ModelCheckpoint(f"{path}/models", "loss", max_to_keep=1, **settings))
     return outcome(fit(callbacks, seed=seed, interrupt=interrupt)), drawn
 
 
