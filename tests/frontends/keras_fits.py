@@ -110,7 +110,7 @@ def fit(
     fed = {"x": dataset(), "shuffle": False} if dataset else {"x": x, "y": y, "batch_size": _BATCH, "shuffle": False}
     stop = [] if interrupt is None else [Interrupt(*interrupt)]
     try:
-        model.fit(epochs=epochs, verbose=0, callbacks=[*callbacks, *stop], **fed, **settings)
+        model.fit(epochs=epochs, verbose=0, callbacks=[*callbacks, *stop], **{**fed, **settings})
     except KeyboardInterrupt:
         assert interrupt is not None
     return model
