@@ -277,7 +277,7 @@ def forget_to_tell_of_failures(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-@mutant("quiet", "training", "progress", "crash of the code", seed=16)
+@mutant("quiet", "training", "progress", "crash of the code", seed=653)
 def tell_before_conclusions_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Views, "suspend", lambda self: None)
     monkeypatch.setattr(Views, "touch", lambda self, host: self._touched.add(host))
