@@ -62,20 +62,22 @@ def known_of(folder: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "keep_before"),
+    ("told", "keep_before", "form"),
     [
-        ([], 0),
-        ([3, 4, 5, 6], 2),
-        ([6, 4], 2),
-        ([5], 3),
+        ([], 0, "{}"),
+        ([3, 4, 5, 6], 2, "{}"),
+        ([6, 4], 2, "{}/."),
+        ([5], 3, "{}/../run"),
+        ([5, 6], 3, "file://{}"),
+        ([3], 2, "relative"),
         # Of a name that is taken up again, or of another directory.
-        ([99], 0),
+        ([99], 0, "{}"),
+        ([3], 0, "{}/below"),
         # TensorFlow's own are never deleted.
-        ([0, 5], 3),
-        ([0], 0),
+        ([0, 5], 3, "{}"),
+        ([0], 0, "{}"),
     ],
 )
-@pytest.mark.parametrize("form", ["{}", "{}/.", "{}/../run", "file://{}", "relative"])
 def test_what_the_saver_was_not_told_of_is_not_its_to_delete(
     fake_job: Any, folder: str, monkeypatch: pytest.MonkeyPatch, told: list[int], keep_before: int, form: str
 ) -> None:

@@ -9,7 +9,7 @@ from google.protobuf import text_format
 
 from ray_ckpt.bundle import graph_name
 from ray_ckpt.errors import UsageError
-from ray_ckpt.log import live_checkpoints, repair_state_file
+from ray_ckpt.log import read_head, repair_state_file
 from ray_ckpt.storage import Store, locate, open_store
 
 _GRAPH = "graph.pbtxt"
@@ -74,7 +74,8 @@ class SideFiles:
             return
         self._store.put(graph_name(prefix), self._meta_bytes(graph, saver))
         # After the write: what is deleted from now on takes its graph along.
-        if not newest and all(c.prefix != prefix for c in live_checkpoints(self._store)):
+        head = None if newest else read_head(self._store)
+        if head is not None and all(c.prefix != prefix for c in head.live):
             self._store.delete(graph_name(prefix))
 
     def _meta_bytes(self, graph: Any, saver: Any) -> bytes:
