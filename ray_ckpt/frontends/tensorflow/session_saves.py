@@ -10,7 +10,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from ray_ckpt.checkpointer import Checkpointer
+from ray_ckpt.checkpointer import Checkpointer, retry_until_agreed
 from ray_ckpt.errors import SaveError, StateError, UsageError
 from ray_ckpt.frontends.tensorflow.fetch import Fetch
 from ray_ckpt.frontends.tensorflow.saver_graph import SaverTensors
@@ -73,6 +73,7 @@ class SessionSaves:
         self._pending: deque[Taken] = deque()
         self._open(int(session.run(step_tensor)))
 
+    @retry_until_agreed
     def _open(self, step: int) -> None:
         """Start the job (again), for a session that is at this step now."""
         settings = self.saver.saver_def
