@@ -35,7 +35,7 @@ class SaverList:
             self._warned = True
             logging.warning(
                 "Somebody else saves with the Saver of this hook, %s for one, and will overwrite and delete committed"
-                " checkpoints of %s: if it is MonitoredTrainingSession's own hook, pass save_checkpoint_secs=None and no"
+                " checkpoints of %s: if it is MonitoredTrainingSession's own hook, pass save_checkpoint_secs=None, not"
                 " save_checkpoint_steps; give another hook a Saver and a directory of its own.",
                 strange[-1],
                 os.path.dirname(path),
