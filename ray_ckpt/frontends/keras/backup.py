@@ -320,9 +320,11 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]
                 for _ in range(self._keep):
                     self._at.step += 1
                     ckpt.save(self._at.step, self._finished())
+            # May take the last state.
+            close_run(ckpt)
         finally:
             self._ckpt = None
-            close_run(ckpt)
+            leave_run(ckpt)
 
     def _finished(self) -> Named:
         """A checkpoint that says that there is nothing to resume; retention removes those before it."""
