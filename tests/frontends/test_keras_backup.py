@@ -31,6 +31,7 @@ from tests.frontends.keras_fits import (
     run_dir,
     steps,
 )
+from tests.system.waiting import eventually
 
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.usefixtures("ray_cluster")]
 
@@ -230,6 +231,8 @@ def saved(short_tmp: Path, ray_cluster: Any) -> tuple[Path, Any]:
 
 def test_tensorflow_reads_it(saved: tuple[Path, Any]) -> None:
     path, model = saved
+    # The `checkpoint` file follows the commit.
+    eventually(lambda: tf.train.latest_checkpoint(str(path)), "TensorFlow to find it")
     reader = tf.train.load_checkpoint(str(path))
     dense = model.layers[0]
     np.testing.assert_array_equal(reader.get_tensor(f"model/{dense.kernel.path}"), dense.kernel.numpy())

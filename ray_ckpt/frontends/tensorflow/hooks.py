@@ -213,8 +213,9 @@ class CheckpointSaverHook(tf.compat.v1.train.CheckpointSaverHook):  # type: igno
         saves = self._of(session)
         if saves.is_pending:
             self._tell(session, raises=self._world_size == 1)
-        known_step = run_values.results
-        agreed = saves.reached(int(known_step), self._steps_per_run)
+        # Python's own numbers: numpy's take several times as long to add and to compare.
+        known_step = int(run_values.results)
+        agreed = saves.reached(known_step, self._steps_per_run)
         if agreed or self._timer.should_trigger_for_step(known_step + self._steps_per_run):
             # The real step, after the train op.
             self._look(session, session.run(self._global_step_tensor), agreed)
