@@ -33,7 +33,7 @@ from tests.frontends.keras_fits import (
 )
 from tests.system.waiting import eventually
 
-pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.usefixtures("ray_cluster")]
+pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.usefixtures("ray_cluster"), pytest.mark.slow]
 
 
 def backup(path: Path, save_freq: Any = "epoch", **settings: Any) -> Any:

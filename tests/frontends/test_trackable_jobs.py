@@ -17,7 +17,7 @@ from ray_ckpt.errors import MismatchError, NoCheckpointError, SaveError, StateEr
 from ray_ckpt.testing.servers import s3_server
 from tests.cluster import RUNS
 
-pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.usefixtures("ray_cluster")]
+pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.usefixtures("ray_cluster"), pytest.mark.slow]
 
 
 def make(value: float = 0.0, **more: Any) -> Any:
