@@ -13,6 +13,7 @@ import ray
 
 from ray_ckpt import log
 from ray_ckpt.checkpointer import restoring
+from ray_ckpt.checkpointer.deciding import Decisions, resolve
 from ray_ckpt.checkpointer.link import Home, Link
 from ray_ckpt.checkpointer.saving import Saver
 from ray_ckpt.checkpointer.settings import (
@@ -26,26 +27,22 @@ from ray_ckpt.checkpointer.settings import (
     whole_step,
 )
 from ray_ckpt.coordinator import find, run_id
-from ray_ckpt.errors import NoCheckpointError, RayCkptError, SaveError, UsageError
+from ray_ckpt.errors import NoCheckpointError, SaveError, UsageError
 from ray_ckpt.protocol.messages import (
     BASENAME,
     JobConfig,
     Overlap,
-    Proposal,
     RestoreWish,
     RunStatus,
     SaveOutcome,
-    Trigger,
 )
-from ray_ckpt.protocol.worker import Due
 from ray_ckpt.restore import StoredCheckpoint
 from ray_ckpt.storage import open_store
-from ray_ckpt.target import Rename, is_abstract, is_function, read_state
+from ray_ckpt.target import Rename, is_abstract, read_state
 from ray_ckpt.trackable import is_trackable, reader
 
 logger = logging.getLogger(__name__)
 
-_STOP_WAIT_S = 120.0
 _CALL_S = 30.0
 
 
@@ -158,13 +155,12 @@ class Checkpointer:
         ensure_ray()
         self.should_stop = False
         self._link = link = Link(home, self.rank, config)
-        self._config = config
         self._start_timeout_s = timeouts.start_s
         self._last: tuple[int, Any] | None = None
-        self._told: set[int] = set()
         self._ready = False
         self._closed = False
         self._saver = Saver(link, run_id(self.url), config)
+        self._decisions = Decisions(link, self._saver, config.save_timeout_s)
         link.open()
 
     # -- restore ------------------------------------------------------------------------------------------
@@ -204,7 +200,7 @@ class Checkpointer:
         if found is None:
             if missing == "error":
                 raise restoring.nothing_found(self.url)
-            state = _resolve(like)
+            state = resolve(like)
             if is_abstract(state):
                 what = "None" if state is None else "abstract"
                 raise NoCheckpointError(
@@ -281,7 +277,8 @@ class Checkpointer:
         self._last = (step, state)
         if due is None:
             return
-        self._act(due, state)
+        if self._decisions.act(due, state):
+            self.should_stop = True
 
     def reached(self, bound: int, stride: int | None = None) -> bool:
         """The loop is at most at step ``bound`` now: for loops that do not know their step after each one.
@@ -321,39 +318,13 @@ class Checkpointer:
         step = whole_step(step)
         if not self._ready or self._link.trouble is not None:
             self._prepare(state)
-        self._check_not_failed(step)
+        self._decisions.check_not_failed(step)
         self._last = (step, state)
         if step == self.restored_step and not force:
             logger.info("step %d was restored from %s and is saved already", step, self.url)
             return
-        self._save_asked(step, state, "explicit")
-
-    def _check_not_failed(self, step: int) -> None:
-        """A decided save stays so. The failure of one that was not asked for by `save` is only warned about."""
-        logic = self._link.logic
-        with self._link.condition:
-            outcome, trigger = logic.outcomes.get(step), logic.snapshots.get(step, "explicit")
-        failed = outcome is not None and outcome.state == "failed"
-        if step in self._told or (failed and trigger == "explicit"):
-            why = f": {outcome.error}" if outcome is not None and outcome.error else ""
-            raise SaveError(f"{self.url}: the save of step {step} has failed{why}; save at a later step")
-
-    def _save_asked(self, step: int, state: Any, trigger: Trigger) -> None:
-        with self._link.condition:
-            due = self._link.logic.arrive(step, ask=trigger)
-        if due is not None:
-            self._act(due, state)
-
-    def _act(self, due: Due, state: Any) -> None:
-        if due.snapshot is not None:
-            try:
-                self._saver.save(due.step, _resolve(state), due.snapshot)
-            except RayCkptError:
-                # The caller hears of it here and now; `wait` need not say it again.
-                self._told.add(due.step)
-                raise
-        if due.stop is not None:
-            self._heed(due.stop)
+        if self._decisions.ask(step, state, "explicit"):
+            self.should_stop = True
 
     def _prepare(self, state: Any) -> None:
         """The first call: all workers have joined, and the structure of the state is known."""
@@ -364,19 +335,8 @@ class Checkpointer:
             restoring.restore(
                 self._link, self._store, RestoreWish("none"), lambda _: lambda: None, self._start_timeout_s
             )
-        self._saver.register(_resolve(state))
+        self._saver.register(resolve(state))
         self._ready = True
-
-    def _heed(self, stop: Proposal) -> None:
-        """Wait until it is sure that all workers stop at this step, so that none enters a collective alone."""
-        link = self._link
-        link.courier.nudge()
-        what = f"the decision to stop at step {stop.step}"
-        link.wait(lambda: link.logic.stop_state(stop) != "open", _STOP_WAIT_S, what)
-        if link.logic.stop_state(stop) == "decided":
-            if stop.error is not None:
-                raise SaveError(f"{self.url}: all workers stop at step {stop.step}: {stop.error}")
-            self.should_stop = True
 
     def request_save(self, reason: str = "request_save()") -> str:
         """Ask for a save at the next step that all workers can agree on; from any worker, any thread."""
@@ -399,20 +359,7 @@ class Checkpointer:
             SaveError: one of them failed since the last `wait`; the text says which and why.
             UnavailableError: not in time; names who is late.
         """
-        failed = [outcome for outcome in self._settle(timeout_s) if outcome.step not in self._told]
-        self._told.update(outcome.step for outcome in failed)
-        if failed:
-            raise SaveError(f"{self.url}: step {failed[-1].step} was not saved: {failed[-1].error}")
-
-    def _settle(self, timeout_s: float | None = None) -> list[SaveOutcome]:
-        """Wait until all is decided; the failures of late, by step."""
-        logic = self._link.logic
-        with self._link.condition:
-            awaited = list(logic.undecided)
-        limit = timeout_s if timeout_s is not None else self._config.save_timeout_s + _CALL_S
-        self._link.wait(lambda: not any(s in logic.undecided for s in awaited), limit, f"the saves of steps {awaited}")
-        with self._link.condition:
-            return [o for _, o in sorted(logic.outcomes.items()) if o.state == "failed" and not o.quiet]
+        self._decisions.wait(timeout_s)
 
     # -- looking --------------------------------------------------------------------------------------------
 
@@ -463,11 +410,12 @@ class Checkpointer:
             if self._last is not None and self._ready and self._last[0] >= self._link.logic.bound:
                 if self._link.trouble is not None:
                     raise self._link.trouble
-                self._save_asked(*self._last, "final")
+                if self._decisions.ask(*self._last, "final"):
+                    self.should_stop = True
             with self._link.condition:
                 self._link.logic.finish()
             self._link.courier.nudge()
-            lost = [outcome for outcome in self._settle() if self._last and outcome.step == self._last[0]]
+            lost = [outcome for outcome in self._decisions.settle() if self._last and outcome.step == self._last[0]]
             if lost:
                 raise SaveError(f"{self.url}: the last step, {lost[0].step}, was not saved: {lost[0].error}")
         finally:
@@ -489,8 +437,3 @@ class Checkpointer:
     def _check_open(self) -> None:
         if self._closed:
             raise UsageError("this Checkpointer is closed: make a new one")
-
-
-def _resolve(state: Any) -> Any:
-    """The state itself, where a function stands for it."""
-    return state() if is_function(state) else state
