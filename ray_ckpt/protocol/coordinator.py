@@ -52,6 +52,7 @@ class CoordinatorLogic:
         self.cut.stepped = lambda: self.roster.stepped
         self.saves.worker_of = lambda rank: self.generations.members.get(rank)
         self.saves.decided_proposal = self.cut.decided
+        self.saves.dropped_at = self.cut.dropped_at
         self.saves.described = self._described
         self.saves.check = self._check
         self.saves.on_end = self._on_end

@@ -1,7 +1,8 @@
 """At which step do all workers save (or stop), when no cadence of their own tells them?
 
 The coordinator proposes a step a margin ahead of the fastest worker. Every rank accepts only if its loop has not
-reached the step; once all have accepted, it is decided. A refusal drops the proposal and doubles the margin.
+reached the step; once all have accepted, it is decided. A refusal drops the proposal and doubles the margin. A rank
+whose stride has jumped over a decided step refuses it too: then it is dropped, and what it was for proposed again.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Cut:
         """A new generation starts: nothing proposed to an older one counts."""
         self.proposals: dict[str, Proposal] = {}
         self.stop: Proposal | None = None
-        self._opened: dict[str, float] = {}
+        self._entered: dict[str, float] = {}
         self._request_steps: dict[str, int] = {}
         self._armed_step = -1
         self._timer: float | None = None
@@ -60,6 +61,13 @@ class Cut:
         """Whether all ranks have agreed to save at this step."""
         return any(p.step == step and p.state == "decided" for p in self.proposals.values())
 
+    def dropped_at(self, step: int) -> float | None:
+        """Since when no proposal of this step stands (seconds); None while one does, and if none is known."""
+        proposals = [p for p in self.proposals.values() if p.step == step]
+        if any(p.state != "dropped" for p in proposals):
+            return None
+        return max((self._entered[p.id] for p in proposals), default=None)
+
     # -- events -----------------------------------------------------------------------------------------
 
     def update(
@@ -73,6 +81,7 @@ class Cut:
         self._adopt(reports)
         for proposal in [p for p in self.proposals.values() if p.state == "open"]:
             self._tally(proposal, world_size, reports, gone if proposal.error is not None else frozenset())
+        self._drop_jumped(reports, gone)
         self._answer_requests(generation, reports, self._is_over(config, world_size, reports))
         stepping = {rank: r for rank, r in reports.items() if rank not in gone}
         complete = len(reports) == world_size and all(r.started for r in reports.values())
@@ -131,7 +140,7 @@ class Cut:
                 if held.id not in self.proposals:
                     state = "dropped" if held.id.startswith(mine) else held.state
                     self.proposals[held.id] = replace(held, state=state)
-                    self._opened[held.id] = self._ledger.now
+                    self._entered[held.id] = self._ledger.now
                 elif held.state == "decided" and self.proposals[held.id].state == "open":
                     self._decide(self.proposals[held.id])
 
@@ -147,11 +156,23 @@ class Cut:
             self._drop(proposal)
         elif asked and accepted >= world_size - len(gone):
             self._decide(proposal)
-        elif self._ledger.now > self._opened[proposal.id] + _OPEN_MAX_S:
+        elif self._ledger.now > self._entered[proposal.id] + _OPEN_MAX_S:
             self._drop(proposal)
+
+    def _drop_jumped(self, reports: Reports, gone: frozenset[int]) -> None:
+        """Drop what was decided and a rank has gone past all the same: its loop did not come to that step."""
+        refused = {i for r in reports.values() for i in r.refused}
+        stepping = {i for rank, r in reports.items() if rank not in gone for i in r.refused}
+        for proposal in list(self.proposals.values()):
+            refusals = refused if proposal.error is None else stepping
+            if proposal.state == "decided" and proposal.id in refusals:
+                # What was to be saved by time is due at once.
+                self._timer = float("-inf")
+                self._drop(proposal)
 
     def _drop(self, proposal: Proposal) -> None:
         self.proposals[proposal.id] = replace(proposal, state="dropped")
+        self._entered[proposal.id] = self._ledger.now
         for request_id in [r for r, step in self._request_steps.items() if step == proposal.step]:
             del self._request_steps[request_id]
         if self._armed_step == proposal.step:
@@ -168,7 +189,7 @@ class Cut:
         closed = [p.id for p in self.proposals.values() if p.state != "open"]
         for proposal_id in closed[:-_KEPT]:
             del self.proposals[proposal_id]
-            self._opened.pop(proposal_id, None)
+            self._entered.pop(proposal_id, None)
 
     def _is_over(self, config: JobConfig, world_size: int, reports: Reports) -> bool:
         """Whether no rank will take a further step. Those that nobody has heard of have left before this coordinator
@@ -252,7 +273,7 @@ class Cut:
         self._count += 1
         proposal = replace(proposal, id=f"p{self._ledger.epoch:06d}-{self._count:06d}")
         self.proposals[proposal.id] = proposal
-        self._opened[proposal.id] = self._ledger.now
+        self._entered[proposal.id] = self._ledger.now
         if proposal.kind == "save":
             for request_id in self.requests:
                 self._request_steps.setdefault(request_id, proposal.step)

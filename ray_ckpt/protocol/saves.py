@@ -46,6 +46,9 @@ TRANSITIONS: dict[Stage, tuple[Stage, ...]] = {
 
 Key = tuple[int, int]
 
+_DROPPED_S = 2.0
+"""A rank that has refused a step may be just there, and about to save it because it is asked to."""
+
 
 @dataclass(slots=True)
 class SaveState:
@@ -117,8 +120,9 @@ class Saves:
     """All saves of the present generation.
 
     ``worker_of`` names a rank's worker (None: not heard of); ``decided_proposal`` says whether the step was agreed
-    on by all; ``described`` whether the layouts of all its snapshots have arrived; ``check`` returns an error text
-    for a fully sealed save that must not commit; ``on_end`` hears of each end.
+    on by all, ``dropped_at`` since when no proposal of it stands; ``described`` whether the layouts of all its
+    snapshots have arrived; ``check`` returns an error text for a fully sealed save that must not commit; ``on_end``
+    hears of each end.
     """
 
     def __init__(self, flows: Flows, ledger: Ledger, roster: Roster) -> None:
@@ -132,6 +136,7 @@ class Saves:
         self.outcomes: dict[Key, SaveOutcome] = {}
         self.worker_of: Callable[[int], str | None] = lambda _: None
         self.decided_proposal: Callable[[int], bool] = lambda _: False
+        self.dropped_at: Callable[[int], float | None] = lambda _: None
         self.described: Callable[[SaveState], bool] = lambda _: True
         self.check: Callable[[SaveState], str | None] = lambda _: None
         self.on_end: Callable[[SaveState], None] = lambda _: None
@@ -261,11 +266,13 @@ class Saves:
             return
         for rank in range(save.world_size):
             if rank not in save.segments:
+                proposed = all(s.trigger == "proposal" for s in save.segments.values())
                 hopeless = self._hopeless(save, rank, config)
-                if hopeless:
-                    agreed = self.decided_proposal(save.step)
-                    proposed = all(s.trigger == "proposal" for s in save.segments.values())
-                    save.fail(hopeless, quiet=proposed and not agreed)
+                passed = self._passed(save, rank, proposed=proposed) if hopeless is None else None
+                if hopeless is not None or passed is not None:
+                    # A loop that has jumped over the step takes back what it has agreed on.
+                    agreed = self.decided_proposal(save.step) and passed is None
+                    save.fail(hopeless or passed or "", quiet=proposed and not agreed)
                     return
         lost = self._lost_host(save, config)
         if lost is not None:
@@ -309,10 +316,23 @@ class Saves:
             return f"{where}: {skipped}"
         if report.finished and report.step <= save.step:
             return f"{where} left after step {report.step} without saving step {save.step}"
+        if self._settling_since is not None and report.step <= save.step:
+            return f"{where} had not taken its snapshot when the job was started again"
+        return None
+
+    def _passed(self, save: SaveState, rank: int, *, proposed: bool) -> str | None:
+        """Why a rank that goes on will have no snapshot of this step; None while it may."""
+        worker = self.worker_of(rank)
+        report = self._roster.worker(worker) if worker else None
+        if worker is None or report is None:
+            return None
+        where = f"rank {rank} on {self._roster.host_name(worker)}"
         if report.step > save.step:
             return f"{where} went past step {save.step} without saving it: call save() on every rank, or request_save()"
-        if self._settling_since is not None:
-            return f"{where} had not taken its snapshot when the job was started again"
+        dropped = self.dropped_at(save.step)
+        if proposed and dropped is not None and self._ledger.now >= max(dropped, save.opened) + _DROPPED_S:
+            # Not all loops tell when they have passed it, nor go on while a rank waits for this save.
+            return f"not all ranks have agreed on step {save.step}, and {where} has no snapshot of it"
         return None
 
     def late(self, save: SaveState) -> str:

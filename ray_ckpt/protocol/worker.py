@@ -28,6 +28,9 @@ from ray_ckpt.types import Layout, RankPlan
 _OUTCOMES_KEPT = 64
 """More than the coordinator repeats in a view, so that none is taken in twice."""
 
+_MET_KEPT = 64
+"""More than the coordinator keeps of what it has proposed."""
+
 
 @dataclass(frozen=True, slots=True)
 class Due:
@@ -70,6 +73,7 @@ class WorkerLogic:
         self._acknowledged: str | None = None
         self._accepted: dict[str, Proposal] = {}
         self._refused: set[str] = set()
+        self._met: dict[str, None] = {}
         self._requests: dict[str, str] = {}
         self._stop_request: str | None = None
         self._skipped: dict[int, str] = {}
@@ -77,6 +81,9 @@ class WorkerLogic:
         self._due_step: int | None = None
         self._roll_call = -1
         self._stride = self._bound_stride = config.stride
+        self._run_length: int | None = None
+        self._jumped = False
+        self._heard = False
         self._next_due = -1.0
         self._promised = -1
         self._sequence = 0
@@ -107,6 +114,9 @@ class WorkerLogic:
         else:
             trigger = None
         due = self._arrive_accepted(step, trigger) if self._accepted or trigger is not None else None
+        if self._jumped and self._heard and step > previous:
+            self._run_length = step - previous
+        self._heard = True
         self._due_step = step if due is not None and due.snapshot is not None else None
         return due
 
@@ -116,11 +126,13 @@ class WorkerLogic:
         ``stride``: from one of its steps to the next, where that is not the job's. Nothing is accepted any more at or
         before the bound. While this is true, `arrive` must hear of each step.
         """
-        if stride is not None:
-            self._bound_stride = stride
+        if stride is not None and stride != self._bound_stride:
+            self._bound_stride, self._run_length, self._jumped = stride, None, False
         if bound > self.bound:
             self.bound = bound
-        return self._promised > self.step and any(p.step > self.step for p in self._accepted.values())
+        agreed = self._promised > self.step and any(p.step > self.step for p in self._accepted.values())
+        self._heard = self._heard and agreed
+        return agreed
 
     def _previous(self, step: int, ask: Trigger | None) -> int:
         if self.step >= 0:
@@ -146,15 +158,20 @@ class WorkerLogic:
     def _arrive_accepted(self, step: int, trigger: Trigger | None) -> Due | None:
         stop = None
         for proposal in list(self._accepted.values()):
-            if proposal.step < step and proposal.state == "open" and proposal.step not in self.snapshots:
+            kept = proposal.step in self.snapshots or (proposal.state == "decided" and proposal.id in self._met)
+            if proposal.step < step and not kept:
                 # The loop's stride jumped over the step: the promise cannot be kept, so take it back.
                 del self._accepted[proposal.id]
                 self._refused.add(proposal.id)
+                self._jumped = True
             elif proposal.step == step:
+                self._met[proposal.id] = None
                 if proposal.error is None and trigger is None and step not in self.snapshots:
                     trigger = "proposal"
                 if proposal.kind == "stop":
                     stop = proposal
+        for proposal_id in list(self._met)[:-_MET_KEPT]:
+            del self._met[proposal_id]
         return None if trigger is None and stop is None else Due(step, trigger, stop)
 
     def stop_state(self, proposal: Proposal) -> str:
@@ -267,7 +284,10 @@ class WorkerLogic:
                 self._accepted[proposal.id] = replace(held, state=proposal.state)
             elif proposal.state == "open" and proposal.id not in self._refused:
                 self._vote(proposal)
-        self._refused &= {p.id for p in offered.values() if p.state == "open"}
+            elif proposal.state == "decided" and proposal.id not in self._met:
+                # Taken back or dropped before: a coordinator that was restarted may know it from other ranks only.
+                self._refused.add(proposal.id)
+        self._refused &= {p.id for p in offered.values() if p.state != "dropped"}
         for held in list(self._accepted.values()):
             if held.state == "decided" and held.step <= self.step and held.id not in offered:
                 del self._accepted[held.id]
@@ -299,8 +319,9 @@ class WorkerLogic:
             plan_id=self.plan.plan_id if self.plan else None,
             step=self.step,
             bound=self.bound,
-            # A loop that tells a bound reports few of its steps: the gaps between them say nothing.
-            stride=self._stride if self.bound < 0 else self._bound_stride,
+            # A loop that tells a bound reports few of its steps, so the gaps between them say nothing: but for those
+            # that were told run by run, once the stride that it tells has proved wrong.
+            stride=self._stride if self.bound < 0 else self._run_length or self._bound_stride,
             waiting_step=self._waiting_step,
             due_step=self._due_step,
             accepted=tuple(self._accepted.values()),

@@ -12,7 +12,7 @@ from typing import Any
 from ray_ckpt.protocol import flows
 from ray_ckpt.protocol.coordinator import CoordinatorLogic
 from ray_ckpt.protocol.host import Free, HostLogic
-from ray_ckpt.protocol.messages import JobConfig, RestoreResult, RestoreWish, SegmentInfo
+from ray_ckpt.protocol.messages import JobConfig, RestoreResult, RestoreWish, SegmentInfo, Trigger
 from ray_ckpt.protocol.worker import WorkerLogic
 from ray_ckpt.types import Box, Claim, Layout, LeafSpec, LogRecord, ShardReport
 
@@ -129,7 +129,7 @@ class Host:
                 self.logic.on_written(action, shard(action.order.attempt, action.writer))
         self.world.exchange(self)
 
-    def seal(self, worker: WorkerLogic, step: int) -> None:
+    def seal(self, worker: WorkerLogic, step: int, trigger: Trigger = "cadence") -> None:
         """The worker's snapshot of this step lies in memory."""
         plan, name = worker.plan, f"{worker.worker}-{step}"
         assert plan is not None
@@ -140,14 +140,14 @@ class Host:
             step=step,
             world_size=worker.config.world_size,
             plan_id=plan.plan_id,
-            trigger="cadence",
+            trigger=trigger,
             writers=len(plan.writers),
             writer_base=plan.writer_base,
             num_writers=plan.num_writers,
             fingerprint=f"layout-{worker.rank}",
             name=name,
         )
-        worker.snapshotted(step, "cadence")
+        worker.snapshotted(step, trigger)
 
 
 class Job:
@@ -179,7 +179,7 @@ class Job:
         for host, worker in zip(self.hosts, self.workers, strict=True):
             due = worker.arrive(step)
             if due is not None and due.snapshot is not None:
-                host.seal(worker, step)
+                host.seal(worker, step, due.snapshot)
 
     def die(self) -> None:
         """All training processes are killed."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -23,8 +24,9 @@ class Worker:
         self.ckpt: ray_ckpt.Checkpointer = None  # type: ignore[assignment]
         self.state: Any = None
         self.messages: list[str] = []
-        self.stop_at = 0
         self.done = 0
+        self._gate, self._held = threading.Event(), threading.Event()
+        self._gate.set()
         handler = logging.Handler(logging.INFO)
         handler.emit = lambda record: self.messages.append(record.getMessage())  # type: ignore[method-assign]
         logging.getLogger("ray_ckpt").addHandler(handler)
@@ -34,7 +36,8 @@ class Worker:
         """Make the Checkpointer; this process's number."""
         self.rank, self.world = rank, world
         self.messages.clear()
-        self.state, self.stop_at, self.done = None, 0, 0
+        self.state, self.done = None, 0
+        self._gate.set()
         self.ckpt = ray_ckpt.Checkpointer(url, rank=rank, world_size=world, **settings)
         return os.getpid()
 
@@ -44,17 +47,18 @@ class Worker:
         self.state = self.ckpt.restore(like, step, **options)
         return self.ckpt.restored_step
 
-    def train(
-        self, first: int, last: int, make: MakeState = states.small, pace_s: float = 0.0, stop_at: int | None = None
-    ) -> list[int]:
+    def train(self, first: int, last: int, make: MakeState = states.small, pace_s: float = 0.0) -> list[int]:
         """Report the steps from first to last; the one in which `should_stop` was seen, which ends it.
 
         ``pace_s`` is the average time of a step. Ranks take turns in being the faster one, and drift some steps
         apart as in a job whose collectives run behind.
         """
-        self.stop_at = last
+        self._last = last
         for step in range(first, last + 1):
-            if step > self.stop_at:
+            if not self._gate.is_set():
+                self._held.set()
+                self._gate.wait(60.0)
+            if step > self._last:
                 break
             self.state = make(self.rank, self.world, step)
             self.ckpt.step(step, self.state)
@@ -75,10 +79,17 @@ class Worker:
             return states.plain(self.state)
         return getattr(self, name) if name in ("messages", "done") else getattr(self.ckpt, name)
 
-    def halt(self) -> int:
-        """End `train` after the step it is in."""
-        self.stop_at = -1
+    def hold(self) -> int:
+        """Have `train` wait between two steps; the last step that it has completed."""
+        self._held.clear()
+        self._gate.clear()
+        assert self._held.wait(60.0), f"rank {self.rank} is still in the step after {self.done}"
         return self.done
+
+    def go_on(self, last: int) -> None:
+        """Have a `train` that is held go on up to this step."""
+        self._last = last
+        self._gate.set()
 
     def save(self, step: int, make: MakeState = states.small, **options: Any) -> None:
         """Save explicitly."""
