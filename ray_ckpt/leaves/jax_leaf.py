@@ -78,7 +78,11 @@ def parts(value: Any, box: Box) -> Parts:
 
 
 def wanted(name: str, like: Any) -> Wanted:
-    """The distinct boxes of this process's devices; the whole for keys and where no sharding is given."""
+    """The distinct boxes of this process's devices; the whole for keys and where no sharding is given.
+
+    Raises:
+        StateError: a dtype that no checkpoint holds, or a sharding without devices or that does not divide the shape.
+    """
     if not isinstance(like.dtype, np.dtype):
         data = sys.modules["jax"].eval_shape(_key_data, like)
         return Wanted(dtype_name(data.dtype), data.shape, whole(data.shape))
@@ -88,29 +92,33 @@ def wanted(name: str, like: Any) -> Wanted:
         raise StateError(f"{name}: {err}") from None
     if like.sharding is None:
         return Wanted(stored, like.shape, whole(like.shape))
-    return Wanted(stored, like.shape, _distinct_boxes(like.sharding, like.shape))
+    try:
+        boxes = _distinct_boxes(_placed(name, like.sharding), like.shape)
+    except ValueError as err:
+        if isinstance(err, StateError):
+            raise
+        raise StateError(
+            f"{name}: the target's sharding does not fit its shape {like.shape}: {_first_line(err)}; give it a"
+            " sharding that divides it evenly, or leave dimensions that it cannot divide unsharded"
+        ) from None
+    return Wanted(stored, like.shape, boxes)
 
 
 def build(kind: str, like: Any, pieces: Mapping[Box, Array]) -> Any:
     """An array with the sharding of ``like``, or on the default device.
 
     Raises:
-        MismatchError: JAX cannot hold the target's dtype as it is configured.
+        MismatchError: JAX cannot hold the target's dtype as it is configured, or a key is of another implementation.
     """
     jax: Any = sys.modules.get("jax")
     if like is None:
         return sole(pieces) if jax is None else _build_default(jax, kind, sole(pieces))
     if not isinstance(like.dtype, np.dtype):
-        return _build_keys(jax, like, sole(pieces))
+        return _build_keys(jax, kind, like, sole(pieces))
     if like.sharding is None:
         out = jax.device_put(sole(pieces))
-    elif len(pieces) == 1 and len(like.sharding.device_set) == 1:
-        # What the general way below gives, in half the time.
-        out = jax.device_put(sole(pieces), like.sharding)
     else:
-        boxes = _device_boxes(like.sharding, like.shape)
-        arrays = jax.device_put([pieces[box] for box in boxes.values()], list(boxes))
-        out = jax.make_array_from_single_device_arrays(like.shape, like.sharding, arrays)
+        out = _build_sharded(jax, like, _placed("the target", like.sharding), pieces)
     if out.dtype != like.dtype:
         raise MismatchError(f"JAX made {out.dtype} of a {like.dtype} target; set jax_enable_x64 or change the target")
     return out
@@ -124,8 +132,52 @@ def _build_default(jax: Any, kind: str, array: Array) -> Any:
     return jax.random.wrap_key_data(out, impl=kind.removeprefix(_KEY)) if kind.startswith(_KEY) else out
 
 
-def _build_keys(jax: Any, like: Any, data: Array) -> Any:
+def _build_sharded(jax: Any, like: Any, sharding: Any, pieces: Mapping[Box, Array]) -> Any:
+    if len(pieces) == 1 and len(sharding.device_set) == 1:
+        # What the general way below gives, in half the time.
+        return jax.device_put(sole(pieces), sharding)
+    boxes = _device_boxes(sharding, like.shape)
+    kind = sharding.memory_kind
+    places = [
+        device if kind in (None, device.default_memory().kind) else jax.sharding.SingleDeviceSharding(device, kind)
+        for device in boxes
+    ]
+    arrays = jax.device_put([pieces[box] for box in boxes.values()], places)
+    # Where all its devices are other processes', no array tells the dtype.
+    dtype = {} if arrays else {"dtype": like.dtype}
+    return jax.make_array_from_single_device_arrays(like.shape, sharding, arrays, **dtype)
+
+
+def _placed(name: str, sharding: Any) -> Any:
+    """The sharding on devices: of an abstract mesh, as `jax.eval_shape` gives, that of the current mesh.
+
+    Raises:
+        StateError: there is no mesh, or another one.
+    """
+    jax: Any = sys.modules["jax"]
+    mesh = getattr(sharding, "mesh", None)
+    if mesh is None or isinstance(mesh, jax.sharding.Mesh):
+        return sharding
+    current = jax.sharding.get_mesh()
+    if (current.axis_names, current.axis_sizes) != (mesh.axis_names, mesh.axis_sizes):
+        raise StateError(
+            f"{name}: the target's sharding {sharding.spec} is on an abstract mesh {dict(mesh.shape)}, which names no"
+            " devices; restore inside `with jax.set_mesh(mesh)`, or give it a NamedSharding on a jax.sharding.Mesh"
+        )
+    return jax.sharding.NamedSharding(current, sharding.spec, memory_kind=sharding.memory_kind)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def _build_keys(jax: Any, kind: str, like: Any, data: Array) -> Any:
     impl = _key_impl(like)
+    if kind.startswith(_KEY) and kind != _KEY + impl:
+        raise MismatchError(
+            f"expected a key of {impl}, found one of {kind.removeprefix(_KEY)}, whose random numbers differ; make"
+            f" the target's key with impl={kind.removeprefix(_KEY)!r}"
+        )
     if like.sharding is None:
         return jax.random.wrap_key_data(jax.numpy.asarray(data), impl=impl)
     return jax.make_array_from_callback(
@@ -159,8 +211,11 @@ def _key_impl(value: Any) -> str:
 
 def _boxes(value: Any) -> tuple[Box, ...]:
     """What this process holds of the array."""
-    if value.is_fully_addressable or value.is_fully_replicated:
+    if value.is_fully_addressable:
         return whole(value.shape)
+    if value.is_fully_replicated:
+        # None of the replicas may be here: those of a pipeline's other stages are not.
+        return whole(value.shape) if value.sharding.addressable_devices else ()
     return _held_boxes(value.sharding, value.shape, sys.modules["jax"].process_index())
 
 

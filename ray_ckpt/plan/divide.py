@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import math
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -40,6 +41,9 @@ _MIN_PIECE_NBYTES = MIB
 _PAGE_NBYTES = 4096
 _SLACK = 0.02
 """How far above its fair share whole leaves may push a rank before one is cut instead."""
+
+_SHOWN = 8
+"""How many ranks an error names."""
 
 _EVEN_STEPS = 16
 """A dimension is long enough to cut where each piece gets this many indices: rounding stays small."""
@@ -94,7 +98,7 @@ def make_plan(
     groups = _group(layouts)
     tensors = _collect(layouts, groups)
     for name, tensor in tensors.items():
-        _check(name, tensor)
+        _check(name, tensor, groups)
     boxes: dict[str, list[Box]] = {name: [] for name in tensors}
     owned: list[list[tuple[int, Box]]] = [[] for _ in layouts]
     group_of = {rank: number for number, ranks in enumerate(groups) for rank in ranks}
@@ -161,19 +165,30 @@ def _raise_disagreement(layouts: Sequence[Layout], name: str) -> None:
         for leaf in layout.leaves:
             if leaf.name == name:
                 forms.setdefault(f"{leaf.dtype}{list(leaf.shape)}", []).append(str(rank))
-    told = " but ".join(f"{form} on ranks {', '.join(ranks[:8])}" for form, ranks in forms.items())
+    told = " but ".join(f"{form} on ranks {', '.join(ranks[:_SHOWN])}" for form, ranks in forms.items())
     raise StateError(
         f"{name}: {told}; a leaf of one name must be the same on every rank, use Slice for parts of one "
         "array and PerWorker for values of each worker's own"
     )
 
 
-def _check(name: str, tensor: _Tensor) -> None:
+def _check(name: str, tensor: _Tensor, groups: _Groups) -> None:
     boxes = sorted(tensor.holders)
     # A type that TensorFlow cannot read from slices may still span ranks: `not_tf_readable` tells. All else
     # about its slices must hold, so it is checked as a type of no such limit.
     spans = len(boxes) > 1 and tensor.dtype in UNPARTITIONABLE
-    check_tensor(name, "uint8" if spans else tensor.dtype, tensor.shape, boxes)
+    try:
+        check_tensor(name, "uint8" if spans else tensor.dtype, tensor.shape, boxes)
+    except StateError as error:
+        holding = {number for leaves in tensor.holders.values() for number in leaves}
+        without = sorted(rank for number, ranks in enumerate(groups) if number not in holding for rank in ranks)
+        if not without or sum(box.size for box in boxes) >= math.prod(tensor.shape):
+            raise
+        ranks = ", ".join(map(str, without[:_SHOWN])) + (", ..." if len(without) > _SHOWN else "")
+        raise StateError(
+            f"{error}; nothing of it is in the state of ranks {ranks}: every process that holds a part"
+            " of an array must be a rank of the job and have the leaf in its state"
+        ) from None
 
 
 def _assign(tensors: dict[str, _Tensor], groups: _Groups, cut_nbytes: int) -> Iterable[tuple[_Item, int, Box]]:

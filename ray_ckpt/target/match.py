@@ -167,7 +167,8 @@ class Matcher:
         found, expected = numpy_dtype(tensor.dtype), numpy_dtype(want.dtype)
         castable = found is not None and object not in (found, expected)
         same_dtype = want.dtype == tensor.dtype or (castable and found == expected)
-        if tuple(want.shape) == tensor.shape and (same_dtype or (self.cast and castable)):
+        may_cast = castable and (self.cast or _is_same_number(like, found, expected))
+        if tuple(want.shape) == tensor.shape and (same_dtype or may_cast):
             return Source(tensor, kind, like, want.boxes, None if same_dtype else expected)
         detail = f"expected {form(want.dtype, want.shape)}, found {form(tensor.dtype, tensor.shape)}"
         if tuple(want.shape) == tensor.shape and castable:
@@ -197,6 +198,18 @@ def numpy_dtype(name: str) -> np.dtype[Any] | None:
         return dtype_of(name)
     except StateError:
         return None
+
+
+def _is_same_number(like: Any, found: Any, expected: Any) -> bool:
+    """Whether a Python number, or a JAX scalar made of one, takes a stored one: JAX turns the first into the second.
+
+    A float must not be rounded; of an int, its value decides.
+    """
+    value = bare(like)
+    if type(value) not in (int, float) and not (getattr(value, "weak_type", False) and value.shape == ()):
+        return False
+    both = found.kind + expected.kind
+    return both in ("ii", "iu", "ui", "uu") or (both == "ff" and np.can_cast(found, expected))
 
 
 def bare(like: Any) -> Any:
