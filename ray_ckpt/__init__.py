@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     from ray_ckpt.catalog import CheckpointInfo, Report, checkpoints, load, verify
     from ray_ckpt.checkpointer import Checkpointer, Timeouts
     from ray_ckpt.coordinator import request_save, status
+    from ray_ckpt.errors import PreemptedError
     from ray_ckpt.frontends.keras.backup import BackupAndRestore
     from ray_ckpt.frontends.keras.model_checkpoint import ModelCheckpoint
     from ray_ckpt.frontends.tensorflow.hooks import AsyncCheckpointSaverHook, CheckpointSaverHook
     from ray_ckpt.frontends.tensorflow.manager import CheckpointManager
     from ray_ckpt.frontends.tensorflow.restore import restore_session
     from ray_ckpt.leaves import PerWorker, Slice
+    from ray_ckpt.train import Pointer, from_train
 
 _HOMES = {
     "AsyncCheckpointSaverHook": "frontends",
@@ -35,6 +37,9 @@ _HOMES = {
     "restore_session": "frontends.tensorflow.restore",
     "status": "coordinator",
     "PerWorker": "leaves",
+    "Pointer": "train",
+    "PreemptedError": "errors",
+    "from_train": "train",
     "Slice": "leaves",
     "Slices": "leaves",
     "Variants": "leaves",
@@ -50,12 +55,15 @@ __all__ = [
     "Checkpointer",
     "ModelCheckpoint",
     "PerWorker",
+    "Pointer",
+    "PreemptedError",
     "Report",
     "Slice",
     "Slices",
     "Timeouts",
     "Variants",
     "checkpoints",
+    "from_train",
     "load",
     "request_save",
     "restore_session",

@@ -13,6 +13,7 @@ RayCkptError
 |   `-- DamagedError         bytes are missing or fail their checksum
 |-- SaveError           one save failed; training and older checkpoints are unharmed
 |-- FencedError         somebody newer owns the run; stop this process
+|-- PreemptedError      let it through: all is committed, and the job starts again elsewhere
 `-- UnavailableError    a deadline passed; the text names who is late
 """
 
@@ -69,6 +70,10 @@ class SaveError(RayCkptError):
 
 class FencedError(RayCkptError):
     """A newer start of the job, or another coordinator, owns the directory."""
+
+
+class PreemptedError(RayCkptError):
+    """A host of the job goes away: all workers have stopped at one step, which is committed, to be started again."""
 
 
 class UnavailableError(RayCkptError):

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import ray
 
-from ray_ckpt import log
+from ray_ckpt import log, train
 from ray_ckpt.checkpointer import restoring
 from ray_ckpt.checkpointer.deciding import Decisions, resolve
 from ray_ckpt.checkpointer.link import Home, Link
@@ -23,6 +23,7 @@ from ray_ckpt.checkpointer.settings import (
     check_place,
     checked,
     ensure_ray,
+    where,
     who_am_i,
     whole_step,
 )
@@ -60,7 +61,8 @@ class Checkpointer:
                     break
 
     Args:
-        url: the run's directory, any URL that `ray_ckpt.storage` knows. It is the run's identity.
+        url: the run's directory, any URL that `ray_ckpt.storage` knows. It is the run's identity. Without it, in a
+            worker of Ray Train: the folder ``ray_ckpt`` of Ray Train's experiment directory.
         save_steps, save_secs: the cadence, one of them or neither (then `save` and `request_save` only).
         rank, world_size: by default Ray Train's, else those of a multi-process JAX, else 0 and 1.
         max_to_keep, keep_every_steps, keep_every_hours: retention; None keeps all. What ``keep_every_hours`` keeps is
@@ -85,13 +87,13 @@ class Checkpointer:
         single_coordinator: allow a store that cannot create objects exclusively; see `open_store`.
 
     Raises:
-        UsageError, MissingExtraError: settings that cannot work.
+        UsageError, MissingExtraError: settings that cannot work; no URL outside of Ray Train.
         StorageError: the directory cannot be written.
     """
 
     def __init__(
         self,
-        url: str | os.PathLike[str],
+        url: str | os.PathLike[str] | None = None,
         *,
         save_steps: int | None = None,
         save_secs: float | None = None,
@@ -142,11 +144,12 @@ class Checkpointer:
                 fresh=fresh,
             )
         )
-        self._store = open_store(url, storage_options=storage_options, single_coordinator=single_coordinator)
+        place, options = where(url, storage_options)
+        self._store = open_store(place, storage_options=options, single_coordinator=single_coordinator)
         self.url = self._store.url
         check_place(self.url)
         memory_folder = None if memory_dir is None else os.fspath(memory_dir)
-        home = Home(self.url, dict(storage_options or {}), single_coordinator, writers_per_host, memory_folder)
+        home = Home(self.url, options, single_coordinator, writers_per_host, memory_folder)
         self._open(home, config, timeouts)
 
     def _open(self, home: Home, config: JobConfig, timeouts: Timeouts) -> None:
@@ -161,6 +164,7 @@ class Checkpointer:
         self._closed = False
         self._saver = Saver(link, run_id(self.url), config)
         self._decisions = Decisions(link, self._saver, config.save_timeout_s)
+        self._reporter = train.Reporter()
         link.open()
 
     # -- restore ------------------------------------------------------------------------------------------
@@ -361,6 +365,18 @@ class Checkpointer:
         """
         self._decisions.wait(timeout_s)
 
+    def report(self, metrics: Mapping[str, Any]) -> None:
+        """Instead of `ray.train.report(metrics)`, on every rank and as often: attaches the newest committed checkpoint.
+
+        What Ray Train gets is a pointer, see `ray_ckpt.from_train`; no save waits for this call, nor this call for a
+        save. `close` reports the last metrics once more, so that the last commit is attached as well.
+
+        Raises:
+            UsageError: not in a worker of Ray Train.
+        """
+        self._check_open()
+        self._reporter.report(metrics, self._decisions.newest(), self._link.logic.generation)
+
     # -- looking --------------------------------------------------------------------------------------------
 
     def latest_step(self) -> int | None:
@@ -418,6 +434,7 @@ class Checkpointer:
             lost = [outcome for outcome in self._decisions.settle() if self._last and outcome.step == self._last[0]]
             if lost:
                 raise SaveError(f"{self.url}: the last step, {lost[0].step}, was not saved: {lost[0].error}")
+            self._reporter.finish(self._decisions.newest(), self._link.logic.generation)
         finally:
             self.leave()
 

@@ -10,6 +10,7 @@ from ray_ckpt.errors import RayCkptError, SaveError
 from ray_ckpt.protocol.messages import Proposal, SaveOutcome, Trigger
 from ray_ckpt.protocol.worker import Due
 from ray_ckpt.target import is_function
+from ray_ckpt.train import Pointer
 
 _STOP_WAIT_S = 120.0
 _CALL_S = 30.0
@@ -87,6 +88,15 @@ class Decisions:
         self._link.wait(lambda: not any(s in logic.undecided for s in awaited), limit, f"the saves of steps {awaited}")
         with self._link.condition:
             return [o for _, o in sorted(logic.outcomes.items()) if o.state == "failed" and not o.quiet]
+
+    def newest(self) -> Pointer | None:
+        """The last checkpoint that this start has committed, else the one that it restored."""
+        link, logic = self._link, self._link.logic
+        with link.condition:
+            committed = [o for o in logic.outcomes.values() if o.state == "committed"]
+            restored = logic.restore.checkpoint if logic.restore_done and logic.restore is not None else None
+        last = max(committed, key=lambda outcome: outcome.step, default=restored)
+        return None if last is None else Pointer(link.url, last.step, last.prefix, last.generation)
 
 
 def resolve(state: Any) -> Any:

@@ -6,12 +6,15 @@ import math
 import operator
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import ray
 
 from ray_ckpt.errors import UsageError
 from ray_ckpt.protocol.messages import JobConfig
+from ray_ckpt.train import home, identity
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +122,20 @@ def whole_step(step: object) -> int:
     return found
 
 
+def where(
+    url: str | os.PathLike[str] | None, storage_options: Mapping[str, Any] | None
+) -> tuple[str | os.PathLike[str], dict[str, Any]]:
+    """The run's directory and the options for its file system: as given, else Ray Train's with the given ones added.
+
+    Raises:
+        UsageError: no URL, and Ray Train knows none.
+    """
+    if url is not None:
+        return url, dict(storage_options or {})
+    place = home()
+    return place.url, {**place.storage_options, **(storage_options or {})}
+
+
 def check_place(url: str) -> None:
     """Raise `UsageError` for a store that the processes of a job cannot share."""
     if url.startswith("memory://"):
@@ -132,31 +149,18 @@ def who_am_i(rank: int | None, world_size: int | None) -> tuple[int, int]:
     """(rank, world size): as given, else Ray Train's, else those of a multi-process JAX, else (0, 1).
 
     Raises:
-        UsageError: only one is given, or they do not fit together.
+        UsageError: only one is given, they do not fit together, or Ray Train does not tell them.
     """
     if (rank is None) != (world_size is None):
         raise UsageError(f"give rank and world_size together, found rank={rank!r} and world_size={world_size!r}")
     if rank is None or world_size is None:
-        rank, world_size = _from_ray_train() or _from_jax() or (0, 1)
+        rank, world_size = identity() or _from_jax() or (0, 1)
     for name, value in (("rank", rank), ("world_size", world_size)):
         if isinstance(value, bool) or not isinstance(value, int):
             raise UsageError(f"{name} must be a whole number, found {value!r}")
     if world_size < 1 or not 0 <= rank < world_size:
         raise UsageError(f"rank must be one of 0 to world_size - 1, found rank={rank} and world_size={world_size}")
     return rank, world_size
-
-
-def _from_ray_train() -> tuple[int, int] | None:
-    if "ray.train" not in sys.modules:
-        return None
-    import ray.train
-
-    try:
-        context = ray.train.get_context()
-        return int(context.get_world_rank()), int(context.get_world_size())
-    except (RuntimeError, AttributeError, TypeError):
-        # Not in a training worker.
-        return None
 
 
 def _from_jax() -> tuple[int, int] | None:

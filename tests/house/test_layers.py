@@ -30,6 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("timeline",),
     ("coordinator",),
     ("agent",),
+    ("train",),
     ("checkpointer",),
     ("frontends",),
     ("cli", "__main__"),

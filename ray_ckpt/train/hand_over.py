@@ -1,0 +1,41 @@
+"""The end of a training function after a preemption: all is committed, and Ray Train shall start it again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray.exceptions import RayActorError
+
+from ray_ckpt.errors import PreemptedError
+from ray_ckpt.train.context import find_context
+
+
+class _PreemptedInRayTrain(PreemptedError, RayActorError):  # type: ignore[misc]
+    """Counted by Ray Train as a preemption (``max_preemption_failures``), not as a failure of the training function.
+
+    Ray Train takes from ``max_failures`` what a training function raises, also after its own notice of the drain
+    (`TrainController._handle_preempting_state`), unless it is the loss of a preempted actor.
+    """
+
+    def __init__(self, text: str) -> None:
+        RayActorError.__init__(self, error_msg=text, preempted=True)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The controller of the run reads it, where this package need not be installed.
+        return RayActorError, (None, f"PreemptedError: {self.error_msg}", False, True)
+
+
+def hand_over(url: str, step: int | None, reason: str) -> None:
+    """In a worker of Ray Train raise `PreemptedError`, so that it starts the run again elsewhere; else do nothing.
+
+    To be called on every rank when all is committed and reported: a training function that returned would have
+    succeeded, as Ray Train sees it. ``step`` is the last one that was committed, ``reason`` why the host goes.
+
+    Raises:
+        PreemptedError: Ray Train restarts the workers on hosts that stay, and takes it from
+            ``FailureConfig.max_preemption_failures`` (unlimited by default).
+    """
+    if find_context() is None:
+        return
+    kept = "nothing was committed" if step is None else f"step {step} is committed"
+    raise _PreemptedInRayTrain(f"{url}: {reason}; {kept}, and Ray Train starts the run again from it")
