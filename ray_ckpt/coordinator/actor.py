@@ -15,6 +15,7 @@ import ray
 
 from ray_ckpt.coordinator.clock import Clock
 from ray_ckpt.coordinator.executor import Executor
+from ray_ckpt.coordinator.leaving import leaving_nodes
 from ray_ckpt.coordinator.questions import Questions, Seen
 from ray_ckpt.coordinator.threads import IoThreads
 from ray_ckpt.errors import StorageError
@@ -39,6 +40,8 @@ more seldom than this, what a save leaves in cycles (threads, errors) piles up t
 """
 _IO_THREADS = 8
 _IO_TIMEOUT_S = 300.0
+_LEAVING_S = 1.0
+_LEAVING_TIMEOUT_S = 10.0
 
 
 class Coordinator:
@@ -147,6 +150,24 @@ class Coordinator:
         planner = self._logic.planner
         self._executor = Executor(store, lambda save: planner.plan_of(save.segments))
         self._logic.start(self._clock.now())
+        self._spawn(self._watch_nodes())
+
+    async def _watch_nodes(self) -> None:
+        """Hear of hosts that are about to go."""
+        while True:
+            await asyncio.sleep(_LEAVING_S)
+            if self._logic.idle:
+                continue
+            try:
+                leaving = await asyncio.wait_for(asyncio.to_thread(leaving_nodes), _LEAVING_TIMEOUT_S)
+            except AttributeError as error:
+                logger.warning("%s: this Ray does not tell which nodes drain: no save ahead of it (%s)", self._url, error)
+                return
+            except Exception as error:
+                logger.warning("%s: whether nodes are being drained is not known: %r", self._url, error)
+                continue
+            if self._logic.on_leaving(leaving, self._clock.now()):
+                self._publish()
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -7,6 +7,7 @@ whoever drives this may take many reports in before it derives once.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ray_ckpt.protocol.cut import Cut
@@ -46,6 +47,7 @@ class CoordinatorLogic:
         self.failures_in_a_row = 0
         self.last_error = ""
         self.derivations = 0
+        self._leaving: Mapping[str, str] = {}
         self._generation_seen: int | None = None
         self._looked_for_gone = 0.0
         self._forgotten: list[str] = []
@@ -114,6 +116,17 @@ class CoordinatorLogic:
         self.cut.want_stop(reason)
         self.derive(now)
 
+    def on_leaving(self, hosts: Mapping[str, str], now: float) -> bool:
+        """The hosts that are about to go, each with what people should read of it; replaces what was known before.
+
+        Whether something has changed.
+        """
+        if hosts == self._leaving:
+            return False
+        self._leaving = dict(hosts)
+        self.derive(now)
+        return True
+
     def take(self) -> list[tuple[int, Io]]:
         """The actions to execute now; each is answered by `on_io`. A fenced coordinator does nothing more."""
         actions = self.flows.take()
@@ -141,11 +154,23 @@ class CoordinatorLogic:
             self.planner.update(generation.world_size, reports, self._is_sealed)
             if self.planner.error:
                 self.cut.want_stop("the state cannot be saved", self.planner.error.text)
+            self._stop_if_leaving()
             gone = frozenset(rank for rank in reports if self.generations.is_gone(rank))
             self.cut.update(config, generation.number, generation.world_size, reports, gone)
         self.keeper.update(config, self._protected())
         self.flows.poll()
         self.views.refresh()
+
+    def _stop_if_leaving(self) -> None:
+        """One host that goes ends the present start of the job: all save while all are there."""
+        if not self._leaving:
+            return
+        for rank, worker in sorted(self.generations.members.items()):
+            text = self._leaving.get(self.roster.worker_hosts.get(worker, ""))
+            report = self.roster.worker(worker)
+            if text is not None and report is not None and not report.finished:
+                self.cut.want_stop(f"the host of rank {rank}, {self.roster.host_name(worker)}, {text}", preempted=True)
+                return
 
     def _forget_gone(self) -> None:
         """A run outlives many hosts, and how often each of the others may speak depends on their number."""
@@ -240,6 +265,7 @@ class CoordinatorLogic:
             failures_in_a_row=self.failures_in_a_row,
             last_error=self.last_error,
             waiting=self.generations.waiting_for(forming) if forming else self.ledger.trouble,
+            notes=tuple(f"{self.roster.name(host)} {text}" for host, text in sorted(self._leaving.items())),
         )
 
     @property

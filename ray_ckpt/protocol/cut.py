@@ -52,10 +52,16 @@ class Cut:
         self._since: float | None = None
         self._watching_since: float | None = None
 
-    def want_stop(self, reason: str, error: str | None = None) -> None:
-        """All workers shall stop at one step; with ``error`` they raise it instead of saving."""
-        if self.stop is None or (error is not None and self.stop.error is None):
-            self.stop = Proposal("", -1, "stop", reason=reason, error=error)
+    def want_stop(self, reason: str, error: str | None = None, *, preempted: bool = False) -> None:
+        """All workers shall stop at one step; with ``error`` they raise it instead of saving.
+
+        ``preempted``: a host is about to go.
+        """
+        known = self.stop
+        if known is None or (error is not None and known.error is None):
+            self.stop = Proposal("", -1, "stop", reason=reason, error=error, preempted=preempted)
+        elif preempted and not known.preempted and known.error is None:
+            self.stop = replace(known, reason=f"{known.reason}; {reason}", preempted=True)
 
     def decided(self, step: int) -> bool:
         """Whether all ranks have agreed to save at this step."""
@@ -130,7 +136,8 @@ class Cut:
                 if request_id not in self.request_outcomes:
                     self.requests.setdefault(request_id, reason)
             if report.stop_request is not None:
-                self.want_stop(report.stop_request)
+                wish = report.stop_request
+                self.want_stop(wish.reason, preempted=wish.preempted)
 
     def _adopt(self, reports: Reports) -> None:
         """Workers remember what a coordinator before this one proposed; of our own, all unknown were dropped."""

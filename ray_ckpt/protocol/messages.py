@@ -81,6 +81,7 @@ class Proposal:
     """A step at which all workers shall save (or stop). Decided once every rank has accepted it.
 
     ``error``: a stop with an error is raised by `step()` on every worker instead of setting `should_stop`.
+    ``preempted``: it stops because a host is about to go.
     """
 
     id: str
@@ -89,6 +90,15 @@ class Proposal:
     state: Literal["open", "decided", "dropped"] = "open"
     reason: str = ""
     error: str | None = None
+    preempted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StopWish:
+    """Why a worker wants all to save and stop; ``preempted``: since its process or host is about to go."""
+
+    reason: str
+    preempted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +135,7 @@ class WorkerReport:
     accepted: tuple[Proposal, ...] = ()
     refused: tuple[str, ...] = ()
     requests: tuple[tuple[str, str], ...] = ()
-    stop_request: str | None = None
+    stop_request: StopWish | None = None
     skipped: tuple[tuple[int, str], ...] = ()
     pending: tuple[int, ...] = ()
     finished: bool = False

@@ -112,8 +112,12 @@ class Roster:
 
     def host_name(self, worker: str) -> str:
         """A name people know for the worker's host."""
-        host = self.hosts.get(self.worker_hosts.get(worker, ""))
-        return (host.report.name or host.report.host) if host else "an unknown host"
+        return self.name(self.worker_hosts.get(worker, ""))
+
+    def name(self, host: str) -> str:
+        """A name people know for a host; its id where nothing has been heard of it."""
+        known = self.hosts.get(host)
+        return (known.report.name or known.report.host) if known else host or "an unknown host"
 
     def segment(self, worker: str, rank: int, save: Save) -> SegmentInfo | None:
         """The sealed snapshot of a rank for a save, wherever it lies (its own host first)."""

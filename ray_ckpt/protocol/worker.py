@@ -19,6 +19,7 @@ from ray_ckpt.protocol.messages import (
     RestoreResult,
     RestoreWish,
     SaveOutcome,
+    StopWish,
     Trigger,
     WorkerReport,
     WorkerView,
@@ -75,7 +76,7 @@ class WorkerLogic:
         self._refused: set[str] = set()
         self._met: dict[str, None] = {}
         self._requests: dict[str, str] = {}
-        self._stop_request: str | None = None
+        self._stop_request: StopWish | None = None
         self._skipped: dict[int, str] = {}
         self._waiting_step: int | None = None
         self._due_step: int | None = None
@@ -217,9 +218,9 @@ class WorkerLogic:
         """Ask for a save soon, from any thread."""
         self._requests[request_id] = reason
 
-    def request_stop(self, reason: str) -> None:
-        """Ask that all workers stop at one agreed step."""
-        self._stop_request = reason
+    def request_stop(self, reason: str, *, preempted: bool = False) -> None:
+        """Ask that all workers stop at one agreed step; ``preempted``: since this process is about to be ended."""
+        self._stop_request = StopWish(reason, preempted)
 
     def finish(self) -> None:
         """No step will follow; open proposals beyond the last step are refused."""

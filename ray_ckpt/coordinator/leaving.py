@@ -1,0 +1,37 @@
+"""Nodes of the Ray cluster that are about to go: drained by the autoscaler, for a preemption, on SIGTERM or by hand."""
+
+from __future__ import annotations
+
+import time
+
+import ray
+
+SLICE_LABEL = "ray.io/tpu-slice-name"
+"""The hosts of a TPU slice are taken away together (Ray sets this label from the TPU's environment)."""
+
+
+def leaving_nodes() -> dict[str, str]:
+    """What people should read of each node that is being drained, or shares a TPU slice with one; by node id.
+
+    The texts stay the same from call to call.
+
+    Raises:
+        AttributeError: this Ray is too old to tell.
+        RayError, RuntimeError: the cluster's GCS does not answer.
+    """
+    # What ray.train's own watcher reads; Ray has no public call for it.
+    draining: dict[str, int] = ray._private.state.state.get_draining_nodes()
+    if not draining:
+        return {}
+    found = {node: f"is being drained by Ray{_until(deadline_ms)}" for node, deadline_ms in draining.items()}
+    slices = {node["NodeID"]: (node.get("Labels") or {}).get(SLICE_LABEL) for node in ray.nodes()}
+    going = {slices[node] for node in draining if slices.get(node)}
+    for node, name in slices.items():
+        if name in going and node not in found:
+            found[node] = f"lies in TPU slice {name}, of which a host is being drained by Ray"
+    return found
+
+
+def _until(deadline_ms: int) -> str:
+    """Ray gives 0 for a drain without a deadline."""
+    return time.strftime(" and ends at %H:%M:%S", time.localtime(deadline_ms / 1000)) if deadline_ms else ""

@@ -1,0 +1,103 @@
+"""A host that is about to go: one save of all, then all stop; precise schedules."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.protocol.harness import Job, beat
+from tests.protocol.loop import TWO, Loop
+
+DRAIN = "is being drained by Ray"
+
+
+def begun(loop: Loop) -> Loop:
+    """Both ranks have made steps."""
+    loop.until(lambda: all(step >= 3 for step in loop.steps), lambda _: 1)
+    return loop
+
+
+def told(loop: Loop) -> bool:
+    """The coordinator hears that the second host goes."""
+    host = loop.job.hosts[1].logic.host
+    return loop.world.coordinator.on_leaving({host: DRAIN}, loop.world.now)
+
+
+def test_all_save_one_step_and_stop_at_it() -> None:
+    loop = begun(Loop(told=None))
+    assert told(loop)
+    assert not told(loop)
+    loop.until(lambda: len(loop.stops) == 2, lambda _: 1)
+    first, second = loop.stops[0], loop.stops[1]
+    assert first.step == second.step
+    assert first.preempted
+    assert first.reason == f"the host of rank 1, {loop.job.hosts[1].logic.name}, {DRAIN}"
+    loop.until(lambda: loop.world.committed == [first.step], lambda _: 0)
+    assert [w.stop_state(first) for w in loop.job.workers] == ["decided", "decided"]
+    assert loop.world.coordinator.status().notes == (f"{loop.job.hosts[1].logic.name} {DRAIN}",)
+
+
+def test_a_host_without_ranks_of_the_job_may_go() -> None:
+    loop = begun(Loop(told=None))
+    loop.world.coordinator.on_leaving({"another host": DRAIN}, loop.world.now)
+    loop.until(lambda: loop.steps[0] > 20, lambda _: 1)
+    assert not loop.stops
+    assert loop.world.coordinator.status().notes == (f"another host {DRAIN}",)
+
+
+def test_a_notice_before_the_start_stops_the_job_at_its_first_steps() -> None:
+    loop = Loop(told=None)
+    told(loop)
+    loop.until(lambda: len(loop.stops) == 2, lambda _: 1)
+    assert loop.stops[0].step == loop.stops[1].step <= 5
+
+
+def test_a_stop_that_was_asked_for_becomes_one_that_is_preempted() -> None:
+    loop = begun(Loop(told=None))
+    cut = loop.world.coordinator.cut
+    cut.want_stop("enough")
+    told(loop)
+    assert cut.stop is not None
+    assert cut.stop.preempted
+    assert cut.stop.reason.startswith("enough; the host of rank 1")
+
+
+def test_an_error_is_not_hidden_by_a_notice() -> None:
+    loop = begun(Loop(told=None))
+    loop.world.coordinator.cut.want_stop("saves fail", "disk full")
+    told(loop)
+    loop.until(lambda: len(loop.stops) == 2, lambda _: 1)
+    assert {(s.error, s.preempted) for s in loop.stops.values()} == {("disk full", False)}
+
+
+def test_the_next_start_elsewhere_is_not_stopped() -> None:
+    loop = begun(Loop(told=None))
+    told(loop)
+    loop.until(lambda: len(loop.stops) == 2 and bool(loop.world.committed), lambda _: 1)
+    for worker in loop.job.workers:
+        worker.finish()
+    beat(loop.world, loop.job.hosts, 2)
+    again = Job(loop.world, TWO, "b").start()
+    assert again.workers[0].restored_step == loop.stops[0].step
+    cut = loop.world.coordinator.cut
+    assert cut.stop is None
+    assert not any(p.kind == "stop" for p in cut.proposals.values())
+
+
+@pytest.mark.parametrize("preempted", [True, False])
+def test_a_worker_that_is_to_be_ended_asks_for_the_same(preempted: bool) -> None:
+    loop = begun(Loop(told=None))
+    loop.job.workers[0].request_stop("SIGTERM", preempted=preempted)
+    loop.until(lambda: len(loop.stops) == 2, lambda _: 1)
+    assert {(s.reason, s.preempted) for s in loop.stops.values()} == {("SIGTERM", preempted)}
+
+
+def test_with_too_little_time_what_was_committed_stays() -> None:
+    loop = begun(Loop(told=None))
+    loop.serve("before", lambda _: 1)
+    kept = loop.world.committed
+    loop.job.hosts[1].writes = False
+    told(loop)
+    loop.until(lambda: len(loop.stops) == 2, lambda _: 1)
+    loop.job.hosts[1].logic.on_worker_dead(loop.job.workers[1].worker)
+    beat(loop.world, loop.job.hosts, 3)
+    assert loop.world.committed == kept
