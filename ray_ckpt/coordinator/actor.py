@@ -161,7 +161,9 @@ class Coordinator:
             try:
                 leaving = await asyncio.wait_for(asyncio.to_thread(leaving_nodes), _LEAVING_TIMEOUT_S)
             except AttributeError as error:
-                logger.warning("%s: this Ray does not tell which nodes drain: no save ahead of it (%s)", self._url, error)
+                logger.warning(
+                    "%s: this Ray does not tell which nodes drain: no save ahead of it (%s)", self._url, error
+                )
                 return
             except Exception as error:
                 logger.warning("%s: whether nodes are being drained is not known: %r", self._url, error)
