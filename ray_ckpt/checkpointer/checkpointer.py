@@ -27,6 +27,7 @@ from ray_ckpt.checkpointer.settings import (
     who_am_i,
     whole_step,
 )
+from ray_ckpt.checkpointer.sigterm import on_sigterm
 from ray_ckpt.coordinator import find, run_id
 from ray_ckpt.errors import NoCheckpointError, SaveError, UsageError
 from ray_ckpt.protocol.messages import (
@@ -85,6 +86,8 @@ class Checkpointer:
         delete_grace_s: how long a deleted checkpoint's data outlives its index, for readers without a pin.
         storage_options: for the fsspec file system.
         single_coordinator: allow a store that cannot create objects exclusively; see `open_store`.
+        handle_sigterm: the first SIGTERM has all workers save and stop, see `preempted`, and does not end this process;
+            where this is made in the main thread and the program has no handler of its own.
 
     Raises:
         UsageError, MissingExtraError: settings that cannot work; no URL outside of Ray Train.
@@ -118,6 +121,7 @@ class Checkpointer:
         delete_grace_s: float = 60.0,
         storage_options: Mapping[str, Any] | None = None,
         single_coordinator: bool = False,
+        handle_sigterm: bool = True,
     ) -> None:
         check_local(on_error, timeouts, writers_per_host)
         self.rank, self.world_size = who_am_i(rank, world_size)
@@ -150,13 +154,12 @@ class Checkpointer:
         check_place(self.url)
         memory_folder = None if memory_dir is None else os.fspath(memory_dir)
         home = Home(self.url, options, single_coordinator, writers_per_host, memory_folder)
-        self._open(home, config, timeouts)
+        self._open(home, config, timeouts, handle_sigterm)
 
-    def _open(self, home: Home, config: JobConfig, timeouts: Timeouts) -> None:
+    def _open(self, home: Home, config: JobConfig, timeouts: Timeouts, handle_sigterm: bool) -> None:
         if self.rank == 0:
             self._store.check()
         ensure_ray()
-        self.should_stop = False
         self._link = link = Link(home, self.rank, config)
         self._start_timeout_s = timeouts.start_s
         self._last: tuple[int, Any] | None = None
@@ -165,6 +168,7 @@ class Checkpointer:
         self._saver = Saver(link, run_id(self.url), config)
         self._decisions = Decisions(link, self._saver, config.save_timeout_s)
         self._reporter = train.Reporter()
+        self._undo_sigterm = on_sigterm(self._on_sigterm) if handle_sigterm else lambda: None
         link.open()
 
     # -- restore ------------------------------------------------------------------------------------------
@@ -279,10 +283,8 @@ class Checkpointer:
         with link.lock:
             due = link.logic.arrive(step)
         self._last = (step, state)
-        if due is None:
-            return
-        if self._decisions.act(due, state):
-            self.should_stop = True
+        if due is not None:
+            self._decisions.act(due, state)
 
     def reached(self, bound: int, stride: int | None = None) -> bool:
         """The loop is at most at step ``bound`` now: for loops that do not know their step after each one.
@@ -327,8 +329,7 @@ class Checkpointer:
         if step == self.restored_step and not force:
             logger.info("step %d was restored from %s and is saved already", step, self.url)
             return
-        if self._decisions.ask(step, state, "explicit"):
-            self.should_stop = True
+        self._decisions.ask(step, state, "explicit")
 
     def _prepare(self, state: Any) -> None:
         """The first call: all workers have joined, and the structure of the state is known."""
@@ -350,11 +351,29 @@ class Checkpointer:
         self._link.courier.nudge()
         return request_id
 
-    def request_stop(self, reason: str = "request_stop()") -> None:
-        """Have all workers save and stop at the same step: `should_stop` becomes true on each."""
+    def request_stop(self, reason: str = "request_stop()", *, preempted: bool = False) -> None:
+        """Have all workers save and stop at the same step: `should_stop` becomes true on each.
+
+        ``preempted``: because this process or its host is about to be ended; then `preempted` does too.
+        """
         with self._link.condition:
-            self._link.logic.request_stop(reason)
+            self._link.logic.request_stop(reason, preempted=preempted)
         self._link.courier.nudge()
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether all workers have saved and are to stop at the step that was told last."""
+        return self._decisions.stop is not None
+
+    @property
+    def stop_reason(self) -> str:
+        """Why all workers are to stop; empty while they are not."""
+        return self._decisions.stop.reason if self._decisions.stop is not None else ""
+
+    @property
+    def preempted(self) -> bool:
+        """Whether all workers are to stop because a host or process of the job is about to go."""
+        return self._decisions.stop is not None and self._decisions.stop.preempted
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Wait until every snapshot taken so far is committed or has failed.
@@ -419,6 +438,7 @@ class Checkpointer:
         Raises:
             SaveError: the last step was not saved.
             FencedError: a newer start of the job has taken over, so the last step was not saved.
+            PreemptedError: in a worker of Ray Train after a stop that was `preempted`; all is committed.
         """
         if self._closed:
             return
@@ -426,17 +446,19 @@ class Checkpointer:
             if self._last is not None and self._ready and self._last[0] >= self._link.logic.bound:
                 if self._link.trouble is not None:
                     raise self._link.trouble
-                if self._decisions.ask(*self._last, "final"):
-                    self.should_stop = True
+                self._decisions.ask(*self._last, "final")
             with self._link.condition:
                 self._link.logic.finish()
             self._link.courier.nudge()
             lost = [outcome for outcome in self._decisions.settle() if self._last and outcome.step == self._last[0]]
             if lost:
                 raise SaveError(f"{self.url}: the last step, {lost[0].step}, was not saved: {lost[0].error}")
-            self._reporter.finish(self._decisions.newest(), self._link.logic.generation)
+            newest = self._decisions.newest()
+            self._reporter.finish(newest, self._link.logic.generation)
         finally:
             self.leave()
+        if self.preempted:
+            train.hand_over(self.url, newest.step if newest is not None else None, self.stop_reason)
 
     def leave(self) -> None:
         """Leave at once, without a last save; what has been snapshotted is saved without this process."""
@@ -450,6 +472,11 @@ class Checkpointer:
         # First, as the agent removes with the last report what nobody has open.
         self._saver.slots.close()
         self._link.close()
+        self._undo_sigterm()
+
+    def _on_sigterm(self) -> None:
+        logger.warning("rank %d: SIGTERM: all workers save and stop; a second one ends this process", self.rank)
+        self.request_stop(f"rank {self.rank} was sent SIGTERM", preempted=True)
 
     def _check_open(self) -> None:
         if self._closed:

@@ -17,16 +17,20 @@ _CALL_S = 30.0
 
 
 class Decisions:
-    """Carries out in the training thread what has been decided. ``save_timeout_s``: within which a save ends."""
+    """Carries out in the training thread what has been decided. ``save_timeout_s``: within which a save ends.
+
+    ``stop``: what all workers have stopped for, None while they go on.
+    """
 
     def __init__(self, link: Link, saver: Saver, save_timeout_s: float) -> None:
         self._link = link
         self._saver = saver
         self._limit_s = save_timeout_s + _CALL_S
         self._told: set[int] = set()
+        self.stop: Proposal | None = None
 
-    def act(self, due: Due, state: Any) -> bool:
-        """Take the snapshot that is due; true if all workers stop at this step.
+    def act(self, due: Due, state: Any) -> None:
+        """Take the snapshot that is due; `stop` is set if all workers stop at this step.
 
         Raises:
             SaveError: all workers stop at this step with an error.
@@ -39,9 +43,10 @@ class Decisions:
                 # The caller hears of it here and now; `wait` need not say it again.
                 self._told.add(due.step)
                 raise
-        return due.stop is not None and self._heed(due.stop)
+        if due.stop is not None:
+            self._heed(due.stop)
 
-    def _heed(self, stop: Proposal) -> bool:
+    def _heed(self, stop: Proposal) -> None:
         """Wait until it is sure that all workers stop at this step, so that none enters a collective alone."""
         link = self._link
         link.courier.nudge()
@@ -50,13 +55,15 @@ class Decisions:
         decided = link.logic.stop_state(stop) == "decided"
         if decided and stop.error is not None:
             raise SaveError(f"{link.url}: all workers stop at step {stop.step}: {stop.error}")
-        return decided
+        if decided:
+            self.stop = stop
 
-    def ask(self, step: int, state: Any, trigger: Trigger) -> bool:
-        """Save this step, for this reason, unless it is saved already; true as `act`."""
+    def ask(self, step: int, state: Any, trigger: Trigger) -> None:
+        """Save this step, for this reason, unless it is saved already."""
         with self._link.condition:
             due = self._link.logic.arrive(step, ask=trigger)
-        return due is not None and self.act(due, state)
+        if due is not None:
+            self.act(due, state)
 
     def check_not_failed(self, step: int) -> None:
         """A decided save stays so. The failure of one that was not asked for by `save` is only warned about.

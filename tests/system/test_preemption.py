@@ -1,0 +1,155 @@
+"""A host or process that is about to go: one save of all at one step, committed in time, and all stop."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+from ray.core.generated import autoscaler_pb2
+
+import ray_ckpt
+from ray_ckpt.checkpointer.sigterm import on_sigterm
+from ray_ckpt.coordinator import run_id
+from tests.cluster import ROOT, RUNS
+from tests.system import states
+from tests.system.job import Crew, Job, get
+from tests.system.waiting import eventually
+
+LONG = 100_000
+NOTICE_S = 25
+
+
+@pytest.fixture
+def leaving(ray_cluster: Cluster) -> Iterator[str]:
+    """The id of one more host, which a test may drain."""
+    before = {node["NodeID"] for node in ray.nodes()}
+    added = ray_cluster.add_node(num_cpus=4, object_store_memory=80_000_000)
+    (node,) = {node["NodeID"] for node in ray.nodes()} - before
+    yield node
+    ray_cluster.remove_node(added)
+
+
+def drain(node: str, notice_s: float) -> None:
+    """What an autoscaler does on a preemption notice."""
+    client = ray._raylet.GcsClient(address=ray.get_runtime_context().gcs_address)
+    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    deadline_ms = int((time.time() + notice_s) * 1000)
+    accepted, why_not = client.drain_node(node, reason, "the test takes the host away", deadline_ms)
+    assert accepted, why_not
+
+
+@pytest.mark.xdist_group("ray")
+def test_a_drained_host_has_all_save_and_stop_before_it_goes(crew: Crew, leaving: str, tmp_path: Path) -> None:
+    job = Job(Crew([crew.hosts[0], leaving]), tmp_path / "run").start(2)
+    RUNS.add(run_id(job.url))
+    job.all("restore")
+    running = job.begin("train", 1, LONG, states.small, 0.01)
+    eventually(lambda: job.on(0, "get", "done") > 5, "some steps")
+    assert not job.on(0, "get", "preempted")
+    drain(leaving, NOTICE_S)
+    deadline = time.time() + NOTICE_S
+    stopped = get(running)
+    assert stopped[0] == stopped[1] != []
+    assert job.all("get", "preempted") == [True, True]
+    reason = job.on(0, "get", "stop_reason")
+    assert reason.startswith("the host of rank 1, ")
+    assert "is being drained by Ray and ends at" in reason
+    job.all("call", "close")
+    assert time.time() < deadline
+    assert job.steps() == stopped[0]
+    job.end()
+    again = Job(Crew(crew.hosts[:2]), job.path).start(2)
+    assert again.all("restore") == [stopped[0][0]] * 2
+    again.end()
+
+
+@pytest.mark.xdist_group("ray")
+def test_sigterm_to_one_process_stops_all_at_one_step(ray_cluster: Cluster, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    RUNS.add(run_id(str(run)))
+    command = [sys.executable, "-m", "tests.system.driver", ray_cluster.address, str(run)]
+    ranks = [
+        subprocess.Popen([*command, str(rank), "2"], cwd=ROOT, stdout=subprocess.PIPE, text=True) for rank in range(2)
+    ]
+    try:
+        for process in ranks:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "training\n"
+        ranks[1].send_signal(signal.SIGTERM)
+        ends = [json.loads(process.communicate(timeout=120)[0]) for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert ends[0] == ends[1]
+    assert ends[0]["preempted"]
+    assert ends[0]["reason"] == "rank 1 was sent SIGTERM"
+    assert [process.returncode for process in ranks] == [0, 0]
+    assert [c.step for c in ray_ckpt.checkpoints(run)] == [ends[0]["step"]]
+
+
+@pytest.fixture
+def terminated() -> Iterator[list[str]]:
+    """What SIGTERM does where nobody has asked for anything is noted here instead of ending this process."""
+    notes: list[str] = []
+    former = signal.getsignal(signal.SIGTERM)
+
+    def of_ray(*_: Any) -> None:
+        notes.append("ended")
+
+    of_ray.__module__ = "ray._private.worker"
+    signal.signal(signal.SIGTERM, of_ray)
+    yield notes
+    signal.signal(signal.SIGTERM, former)
+
+
+def asked(act: Callable[[], None]) -> Callable[[], None]:
+    """Send this process SIGTERM, and let Python handle it."""
+    undo = on_sigterm(act)
+    os.kill(os.getpid(), signal.SIGTERM)
+    return undo
+
+
+def test_a_second_sigterm_does_what_it_did_before(terminated: list[str]) -> None:
+    told = threading.Event()
+    asked(told.set)
+    assert told.wait(10.0)
+    assert not terminated
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert terminated == ["ended"]
+
+
+def test_after_the_end_sigterm_does_what_it_did_before(terminated: list[str]) -> None:
+    told = threading.Event()
+    on_sigterm(told.set)()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert terminated == ["ended"]
+    assert not told.is_set()
+
+
+def test_a_handler_of_the_program_stays(terminated: list[str]) -> None:
+    own: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: own.append(number))
+    told = threading.Event()
+    asked(told.set)()
+    assert own == [signal.SIGTERM]
+    assert not told.is_set()
+
+
+def test_another_thread_sets_no_handler(terminated: list[str]) -> None:
+    told = threading.Event()
+    thread = threading.Thread(target=on_sigterm, args=(told.set,))
+    thread.start()
+    thread.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert terminated == ["ended"]
