@@ -150,10 +150,9 @@ class Checkpointer:
         )
         place, options = where(url, storage_options)
         self._store = open_store(place, storage_options=options, single_coordinator=single_coordinator)
-        self.url = self._store.url
-        check_place(self.url)
-        memory_folder = None if memory_dir is None else os.fspath(memory_dir)
-        home = Home(self.url, options, single_coordinator, writers_per_host, memory_folder)
+        self.url = check_place(self._store.url)
+        folder = None if memory_dir is None else os.fspath(memory_dir)
+        home = Home(self.url, options, single_coordinator, writers_per_host, folder)
         self._open(home, config, timeouts, handle_sigterm)
 
     def _open(self, home: Home, config: JobConfig, timeouts: Timeouts, handle_sigterm: bool) -> None:

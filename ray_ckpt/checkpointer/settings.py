@@ -136,13 +136,14 @@ def where(
     return place.url, {**place.storage_options, **(storage_options or {})}
 
 
-def check_place(url: str) -> None:
-    """Raise `UsageError` for a store that the processes of a job cannot share."""
+def check_place(url: str) -> str:
+    """The URL itself; raises `UsageError` for a store that the processes of a job cannot share."""
     if url.startswith("memory://"):
         raise UsageError(
             f"{url} lives in the memory of one process, but workers, agents and coordinator are several: use a "
             "directory or a bucket"
         )
+    return url
 
 
 def who_am_i(rank: int | None, world_size: int | None) -> tuple[int, int]:
