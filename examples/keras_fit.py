@@ -4,27 +4,44 @@ Run it, kill it, run it again with the same --dir: it goes on at the batch it wa
 weights as if nothing had happened. The best model stays in <dir>/models/best.
 
     python examples/keras_fit.py --dir /tmp/keras-run --epochs 3 --save-freq 50
+    ray job submit --working-dir . -- python examples/keras_fit.py --config examples/configs/keras_fit.yaml
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
 import pydoc_data.topics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import numpy as np
 
 import ray_ckpt
+from examples.config import from_command
+from examples.job import join, log_steps
 from ray_ckpt.frontends.keras import load_variables
 
 CONTEXT = 16
 """Characters that the model sees of what it continues."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """``dir``: directory or bucket of the run. ``save_freq``: batches between two saves."""
+
+    dir: str
+    epochs: int = 3
+    save_freq: int = 50
+    samples: int = 20_000
 
 
 def characters(count: int) -> tuple[Any, Any, int]:
@@ -57,13 +74,9 @@ def make_model(vocabulary: int) -> Any:
 
 def main() -> None:
     """Train to the end, from wherever the run before got to."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--dir", required=True, help="directory or bucket of the run")
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--save-freq", type=int, default=50, help="batches between two saves")
-    parser.add_argument("--samples", type=int, default=20_000)
-    options = parser.parse_args()
-
+    options = from_command(Config, __doc__.split("\n", 1)[0])
+    log_steps()
+    join()
     keras.utils.set_random_seed(0)
     x, y, vocabulary = characters(options.samples)
     model = make_model(vocabulary)

@@ -4,23 +4,30 @@ Run it, kill it, run it again with the same --dir: it goes on at the step it was
 TensorFlow's own hook, only the line with `ray_ckpt.CheckpointSaverHook` differs.
 
     python examples/tf_session.py --dir /tmp/session-run --steps 3000 --save-steps 500
+    ray job submit --working-dir . -- python examples/tf_session.py --config examples/configs/tf_session.yaml
 
 The directory may be a bucket too (gs://..., s3://...): where TensorFlow cannot open it, the hook restores the session.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import pydoc_data.topics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np
 import tensorflow as tf
 
 import ray_ckpt
+from examples.config import from_command
+from examples.job import join, log_steps
 
 v1 = tf.compat.v1
 
@@ -28,6 +35,15 @@ CONTEXT = 16
 """Characters that the model sees of what it continues."""
 
 BATCH = 64
+
+
+@dataclass(frozen=True)
+class Config:
+    """``dir``: directory or bucket of the run. ``save_steps``: steps between two saves."""
+
+    dir: str
+    steps: int = 3000
+    save_steps: int = 500
 
 
 class Text:
@@ -97,11 +113,9 @@ def train(folder: str, steps: int, save_steps: int) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--dir", required=True, help="directory or bucket of the run")
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--save-steps", type=int, default=500, help="steps between two saves")
-    options = parser.parse_args(arguments)
+    options = from_command(Config, __doc__.split("\n", 1)[0], arguments)
+    log_steps()
+    join()
     with tf.Graph().as_default():
         train(options.dir, options.steps, options.save_steps)
 
