@@ -13,6 +13,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from ray_ckpt.agent import notices
 from ray_ckpt.agent.memory import HostMemory
 from ray_ckpt.agent.pool import WriterPool
 from ray_ckpt.agent.watch import when_ended
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 _AGAIN_S = 1.0
 _LOOK_S = 2.0
 """Deaths and snapshots are told of; this is for those of which no word came."""
+_NOTICE_S = 2.0
+_NO_ANSWER_S = 60.0
 _DEBOUNCE_S = 0.005
 _WRITE_S = 60.0
 _SLOWEST = 1e6
@@ -68,6 +71,7 @@ class Agent:
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._busy_at = time.monotonic()
+        self._draining = False
         # By itself: Ray starts it again after a crash, and then perhaps nobody calls, but snapshots lie there.
         self._spawn(self._start_alone())
 
@@ -144,7 +148,7 @@ class Agent:
         store = open_store(self._url, storage_options=self._options, single_coordinator=self._single_coordinator)
         self._pool = WriterPool(self._node_id, store)
         self._pool.warm_up(self._logic.max_writes)
-        for work in (self._ask, self._watch):
+        for work in (self._ask, self._watch, *([self._heed_notices] if notices.on_compute_engine() else [])):
             self._spawn(self._keep_doing(work))
 
     async def _start_alone(self) -> None:
@@ -290,6 +294,21 @@ class Agent:
         await asyncio.sleep(_LOOK_S)
         self._look_around()
         self._end_if_idle()
+
+    async def _heed_notices(self) -> None:
+        """Have Ray drain this host once its machine is about to be taken away; the coordinator hears of it from Ray."""
+        await asyncio.sleep(_NOTICE_S)
+        if self._logic.idle or self._draining:
+            return
+        try:
+            notice = await asyncio.to_thread(notices.read_notice)
+            if notice is not None:
+                logger.warning("%s, in about %.0f s: draining the node", notice.text, notice.left_s)
+                await asyncio.to_thread(notices.drain, self._node_id, notice)
+                self._draining = True
+        except OSError as error:
+            logger.warning("%s: no save ahead of a preemption of this host: %s", self._url, error)
+            await asyncio.sleep(_NO_ANSWER_S)
 
     def _look_around(self) -> None:
         """Notice workers that died, and segments that were sealed without a word."""

@@ -19,8 +19,10 @@ from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 
 import ray_ckpt
+from ray_ckpt.agent.notices import HOST_VARIABLE
 from ray_ckpt.checkpointer.sigterm import on_sigterm
 from ray_ckpt.coordinator import run_id
+from tests.agent.metadata_server import MetadataServer, running
 from tests.cluster import ROOT, RUNS
 from tests.system import states
 from tests.system.job import Crew, Job, get
@@ -28,6 +30,14 @@ from tests.system.waiting import eventually
 
 LONG = 100_000
 NOTICE_S = 25
+
+
+@pytest.fixture
+def metadata(monkeypatch: pytest.MonkeyPatch) -> Iterator[MetadataServer]:
+    """Compute Engine's metadata server, as processes see it that are started from now on: those of a new host."""
+    with running() as server:
+        monkeypatch.setenv(HOST_VARIABLE, server.host)
+        yield server
 
 
 @pytest.fixture
@@ -54,12 +64,12 @@ def test_a_drained_host_has_all_save_and_stop_before_it_goes(crew: Crew, leaving
     job = Job(Crew([crew.hosts[0], leaving]), tmp_path / "run").start(2)
     RUNS.add(run_id(job.url))
     job.all("restore")
-    running = job.begin("train", 1, LONG, states.small, 0.01)
+    loops = job.begin("train", 1, LONG, states.small, 0.01)
     eventually(lambda: job.on(0, "get", "done") > 5, "some steps")
     assert not job.on(0, "get", "preempted")
     drain(leaving, NOTICE_S)
     deadline = time.time() + NOTICE_S
-    stopped = get(running)
+    stopped = get(loops)
     assert stopped[0] == stopped[1] != []
     assert job.all("get", "preempted") == [True, True]
     reason = job.on(0, "get", "stop_reason")
@@ -72,6 +82,24 @@ def test_a_drained_host_has_all_save_and_stop_before_it_goes(crew: Crew, leaving
     again = Job(Crew(crew.hosts[:2]), job.path).start(2)
     assert again.all("restore") == [stopped[0][0]] * 2
     again.end()
+
+
+@pytest.mark.xdist_group("ray")
+def test_a_preemption_notice_does_as_a_drain(
+    crew: Crew, metadata: MetadataServer, leaving: str, tmp_path: Path
+) -> None:
+    job = Job(Crew([crew.hosts[0], leaving]), tmp_path / "run").start(2)
+    RUNS.add(run_id(job.url))
+    job.all("restore")
+    loops = job.begin("train", 1, LONG, states.small, 0.01)
+    eventually(lambda: job.on(0, "get", "done") > 5, "some steps")
+    metadata.keys["preempted"] = "TRUE"
+    stopped = get(loops)
+    assert stopped[0] == stopped[1] != []
+    assert job.all("get", "preempted") == [True, True]
+    job.all("call", "close")
+    assert job.steps() == stopped[0]
+    job.end()
 
 
 @pytest.mark.xdist_group("ray")
