@@ -107,15 +107,11 @@ def from_train(checkpoint: Any) -> Pointer:
 def _decoded(raw: bytes, path: str, filesystem: Any) -> Pointer:
     try:
         content = json.loads(raw)
-        pointer = Pointer(
-            str(content["url"]), int(content["step"]), str(content["prefix"]), int(content["generation"]),
-            _options(filesystem, path, str(content["url"])),
-        )  # fmt: skip
+        url = str(content["url"])
+        found = str(content["prefix"]), int(content["generation"]), _options(filesystem, path, url)
+        return Pointer(url, int(content["step"]), *found)
     except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, UsageError):
-            raise
         raise DamagedError(f"{path} is not a pointer that ckpt.report() wrote ({error!r})") from None
-    return pointer
 
 
 def _options(filesystem: Any, path: str, url: str) -> Mapping[str, Any]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
+import ray.train.collective
 
 import ray_ckpt
 from ray_ckpt.coordinator import find
+from ray_ckpt.train import hand_over
 from tests.system.states import mixed, plain, zeros_like
 
 Config = dict[str, Any]
@@ -24,9 +25,9 @@ def train(config: Config) -> None:
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     with ray_ckpt.Checkpointer(*config.get("url", []), **config.get("settings", {})) as ckpt:
-        state = ckpt.restore(lambda: mixed(rank, world, 0))
+        state = ckpt.restore(zeros_like(mixed(rank, world, 0)))
         restored = ckpt.restored_step or 0
-        note(config, ckpt, good=same(state, mixed(rank, world, restored)))
+        note(config, ckpt, good=same(state, mixed(rank, world, restored)) if restored else None)
         for step in range(restored + 1, config["steps"] + 1):
             state = mixed(rank, world, step)
             ckpt.step(step, state)
@@ -73,7 +74,7 @@ def without_coordinator(config: Config) -> None:
     """Step 2 is snapshotted and reported thrice while the coordinator is stopped: no report waits for the save."""
     rank, world = (getattr(ray.train.get_context(), f"get_world_{what}")() for what in ("rank", "size"))
     with ray_ckpt.Checkpointer(save_steps=1) as ckpt:
-        ckpt.restore(lambda: mixed(rank, world, 0))
+        ckpt.restore(zeros_like(mixed(rank, world, 0)))
         ckpt.step(1, mixed(rank, world, 1))
         ckpt.wait()
         ray.train.collective.barrier()
@@ -90,13 +91,33 @@ def without_coordinator(config: Config) -> None:
             os.kill(pid, signal.SIGCONT)
 
 
+def preempted(config: Config) -> None:
+    """The first start stops at ``config["stop_at"]`` and hands over to Ray Train, as `close` does after a drain."""
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    with ray_ckpt.Checkpointer(**config["settings"]) as ckpt:
+        ckpt.restore(zeros_like(mixed(rank, world, 0)))
+        note(config, ckpt)
+        last = config["stop_at"] if ckpt.restored_step is None else config["steps"]
+        for step in range((ckpt.restored_step or 0) + 1, last + 1):
+            ckpt.step(step, mixed(rank, world, step))
+            ckpt.report({"step": step})
+    if last == config["stop_at"]:
+        hand_over(ckpt.url, last, "a host is drained")
+
+
+def failing(config: Config) -> None:
+    """`train` whose last step fails."""
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    with ray_ckpt.Checkpointer(**config["settings"]) as ckpt:
+        for step in range(1, config["steps"] + 1):
+            ckpt.step(step, mixed(rank, world, step))
+            after_step(config, ckpt, step)
+        raise ValueError("the user's own")
+
+
 def _attached(ckpt: ray_ckpt.Checkpointer, index: int) -> int | None:
     ckpt.report({"index": index})
     checkpoint = ray.train.get_checkpoint()
     return None if checkpoint is None else ray_ckpt.from_train(checkpoint).step
-
-
-def calling(config: Config) -> None:
-    """Any function of the test's: ``config["call"]``."""
-    call: Callable[[Config], None] = config["call"]
-    call(config)
