@@ -117,7 +117,7 @@ def main() -> None:
     log = log_steps()
     join()
     result = trainer(config).fit()
-    log.info("ended with %s; newest checkpoint: %s", result.metrics, ray_ckpt.from_train(result.checkpoint))
+    log.info("ended with %s; newest checkpoint: %s", result.metrics, ray_ckpt.from_train(result.checkpoint).path)
 
 
 if __name__ == "__main__":

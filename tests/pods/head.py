@@ -79,7 +79,7 @@ def running(folder: Path, cpus: int = 4) -> Iterator[Head]:
     first = _free_block()
     ports = [f"--{name}={first + i}" for i, name in enumerate(_SERVICES)]
     workers = [f"--min-worker-port={first + len(ports)}", f"--max-worker-port={first + _BLOCK - 1}"]
-    local = ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--temp-dir={folder}"]
+    local = ["--dashboard-host=127.0.0.1", f"--temp-dir={folder}"]
     size = [f"--num-cpus={cpus}", "--object-store-memory=80000000"]
     command = [RAY, "start", "--head", *ports, *workers, *local, *size, "--disable-usage-stats", "--block"]
     with (folder / "head.log").open("w") as log:
@@ -103,6 +103,8 @@ def _environment(folder: Path) -> dict[str, str]:
         "RAY_AUTH_MODE": "disabled",
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
         "RAY_DEDUP_LOGS": "0",
+        # Ray Train's controller looks at reports so often, by default every two seconds.
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
         "OMP_NUM_THREADS": "1",
     }
 

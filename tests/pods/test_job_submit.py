@@ -65,7 +65,7 @@ def test_jax(head: Head, storage: Path) -> None:
     assert lines(output, r"INFO step (\d+) is committed as") == ["10", "20", "30"]
     run = storage / "jax-example" / "ray_ckpt"
     assert [c.step for c in ray_ckpt.checkpoints(run)] == [10, 20, 30]
-    assert "model.ckpt-30" in lines(output, r"ended with .* newest checkpoint: (.*)")[0]
+    assert lines(output, r"ended with .* newest checkpoint: (\S+)") == [f"{run}/model.ckpt-30"]
 
 
 @pytest.mark.slow
