@@ -43,9 +43,9 @@ def save(states: Sequence[Any], url: str | Path | None = None, **settings: int) 
         runs = [
             run
             for mine, (layout, values) in zip(plan.ranks, found, strict=True)
-            for run in _write(store, Path(folder), mine, layout, values, len(states), num_shards)
+            for run in write_rank(store, Path(folder), mine, layout, values, len(states), num_shards)
         ]
-    runs.append(_metadata(store, plan, [layout for layout, _ in found], num_shards))
+    runs.append(write_metadata(store, plan, [layout for layout, _ in found], num_shards))
     store.put(index_name(PREFIX), merge_index(runs, num_shards))
     return open_checkpoint(store, PREFIX)
 
@@ -75,7 +75,7 @@ def same(a: Any, b: Any) -> None:
         assert repr(a) == repr(b)
 
 
-def _write(
+def write_rank(
     store: Store, folder: Path, plan: RankPlan, layout: Layout, values: Sequence[Any], world_size: int, num_shards: int
 ) -> Iterator[bytes]:
     """One rank's data shards; their runs."""
@@ -100,7 +100,7 @@ def _write(
             yield report.run
 
 
-def _metadata(store: Store, plan: Plan, layouts: Sequence[Layout], num_shards: int) -> bytes:
+def write_metadata(store: Store, plan: Plan, layouts: Sequence[Layout], num_shards: int) -> bytes:
     """The last shard, which is the metadata; its run, with the entries of tensors in slices."""
     ranks: dict[str, list[int]] = {}
     for rank, layout in enumerate(layouts):
