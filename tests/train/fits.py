@@ -42,11 +42,11 @@ class Run:
         failures: FailureConfig | None = None,
         num_to_keep: int | None = None,
         scaling: dict[str, Any] | None = None,
-        run: dict[str, Any] | None = None,
+        run_config: dict[str, Any] | None = None,
         more: dict[str, Any] | None = None,
         **config: Any,
     ) -> Result:
-        """Train; ``config`` goes to the loop, ``scaling``, ``run`` and ``more`` to Ray Train's own."""
+        """Train; ``config`` goes to the loop, ``scaling``, ``run_config`` and ``more`` to Ray Train's own."""
         RUNS.add(run_id(str(self.data)))
         return trainer(
             loop,
@@ -57,7 +57,7 @@ class Run:
                 storage_path=str(self.folder),
                 failure_config=failures or FailureConfig(),
                 checkpoint_config=CheckpointConfig(num_to_keep=num_to_keep),
-                **(run or {}),
+                **(run_config or {}),
             ),
             **(more or {}),
         ).fit()
