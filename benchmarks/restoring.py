@@ -39,7 +39,7 @@ def difference(case: Case, rank: int, restored: Mapping[str, Any], path: str) ->
     expected = np.memmap(path, np.uint32, "r")
     start = 0
     for name, shape in case.shapes:
-        part = case.part(shape, rank)[1]
+        part = case.part(name, shape, rank)[1]
         count = int(np.prod(part))
         value = np.asarray(restored[name])
         if value.shape != part or value.dtype != np.float32:

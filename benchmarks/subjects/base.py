@@ -24,7 +24,7 @@ class Subject(ABC):
     gives_up: ClassVar[str] = ""
     """What this mode does not do that others do, as in the table: "no fsync", "no checksums"."""
 
-    cases: ClassVar[tuple[str, ...]] = ("big", "small", "workers", "quick")
+    cases: ClassVar[tuple[str, ...]] = ("big", "small", "workers", "hosts", "quick")
 
     started_at: float | None = None
     """`time.monotonic` just before `start` started processes or took memory for saving; memory counts from then.

@@ -62,17 +62,20 @@ class _Orbax(Subject):
                 shared["coordinator"], num_processes=self.case.world_size, process_id=self.rank, local_device_ids=[0]
             )
 
-    @property
-    def sharding(self) -> jax.sharding.Sharding:
+    @functools.cached_property
+    def shardings(self) -> dict[str, jax.sharding.Sharding]:
+        names = [name for name, _ in self.case.shapes]
         if self.case.world_size == 1:
-            return SingleDeviceSharding(jax.devices()[0])
-        return NamedSharding(jax.make_mesh((self.case.world_size,), ("rank",)), PartitionSpec("rank"))
+            return dict.fromkeys(names, SingleDeviceSharding(jax.devices()[0]))
+        mesh = jax.make_mesh((self.case.world_size,), ("rank",))
+        whole, cut = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("rank"))
+        return {name: whole if name in self.case.replicated else cut for name in names}
 
     def start(self, arrays: Mapping[str, np.ndarray]) -> None:
-        sharding, shapes = self.sharding, dict(self.case.shapes)
+        shapes = dict(self.case.shapes)
         self.state = {}
         for name, array in arrays.items():
-            placed = jax.make_array_from_process_local_data(sharding, array, shapes[name])
+            placed = jax.make_array_from_process_local_data(self.shardings[name], array, shapes[name])
             # The copy, since a CPU device may borrow NumPy's memory, which can't be donated later.
             self.state[name] = jax.numpy.copy(placed)
         jax.block_until_ready(self.state)
@@ -88,9 +91,9 @@ class _Orbax(Subject):
         jax.block_until_ready([self.state[name] for name in names])
 
     def open_restore(self, step: int) -> None:
-        sharding = self.sharding
         self.targets = {
-            name: jax.ShapeDtypeStruct(shape, np.float32, sharding=sharding) for name, shape in self.case.shapes
+            name: jax.ShapeDtypeStruct(shape, np.float32, sharding=self.shardings[name])
+            for name, shape in self.case.shapes
         }
         self.step = step
         self.open()

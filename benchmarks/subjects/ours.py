@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import ray
+from ray.cluster_utils import Cluster
 
 from benchmarks.cases import Case
 from benchmarks.subjects.base import Subject
@@ -22,6 +23,10 @@ from ray_ckpt.snapshot import default_folder
 _STORE_NBYTES = 100_000_000
 
 
+def _address(rank: int) -> str:
+    return f"127.0.0.{rank + 1}"
+
+
 class Ours(Subject):
     """Saved with the defaults, but for retention: the harness deletes, as it does for everyone."""
 
@@ -30,34 +35,37 @@ class Ours(Subject):
     state: Any = None
     _ray_folder: ClassVar[str] = ""
     _url: ClassVar[str] = ""
+    _cluster: ClassVar[Cluster]
 
     @classmethod
     def prepare(cls, case: Case, directory: str) -> dict[str, Any]:
-        """A Ray cluster of one node, as the job would find it."""
+        """A Ray cluster as the job would find it: of one node, or with a raylet of its own for each rank."""
         cls._ray_folder, cls._url = tempfile.mkdtemp(prefix="bench-"), directory
         # Ray's workers import this package by its name.
         os.environ["PYTHONPATH"] = os.getcwd()
-        ray.init(
-            address="local",
-            num_cpus=2,
-            include_dashboard=False,
-            object_store_memory=_STORE_NBYTES,
-            log_to_driver=False,
-            _temp_dir=cls._ray_folder,
-        )
-        return {"address": ray.get_runtime_context().gcs_address}
+        os.environ["RAY_TMPDIR"] = cls._ray_folder
+        node = {"num_cpus": 2, "object_store_memory": _STORE_NBYTES}
+        cls._cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+        if case.hosts:
+            # A driver finds the raylet to connect to by its address, and Linux has many for the loopback.
+            for rank in range(1, case.world_size):
+                cls._cluster.add_node(**node, node_ip_address=_address(rank))
+        ray.init(address=cls._cluster.address, log_to_driver=False)
+        return {"address": cls._cluster.address}
 
     @classmethod
     def tear_down(cls) -> None:
         """End the cluster; its agent does not live to give the snapshot memory back."""
         ray.shutdown()
+        cls._cluster.shutdown()
         shutil.rmtree(cls._ray_folder, ignore_errors=True)
         run = run_id(cls._url)
         for folder in default_folder(run).parent.glob(f"{run}*"):
             shutil.rmtree(folder, ignore_errors=True)
 
     def configure(self, shared: Mapping[str, Any]) -> None:
-        ray.init(address=shared["address"], log_to_driver=False)
+        where = {"_node_ip_address": _address(self.rank)} if self.case.hosts and self.rank else {}
+        ray.init(address=shared["address"], log_to_driver=False, **where)
 
     def start(self, arrays: Mapping[str, np.ndarray]) -> None:
         self._arrays = dict(arrays)
@@ -72,10 +80,10 @@ class Ours(Subject):
 
     def _leaf(self, name: str, array: np.ndarray) -> Any:
         """What the state holds of a tensor: the array, or this rank's rectangle of it."""
-        if self.case.world_size == 1:
+        if self.case.world_size == 1 or name in self.case.replicated:
             return array
         shape = dict(self.case.shapes)[name]
-        first = self.case.part(shape, self.rank)[0]
+        first = self.case.part(name, shape, self.rank)[0]
         return Slice(array, shape, (first, *[0] * (len(shape) - 1)))
 
     def update(self, names: Sequence[str]) -> None:
@@ -99,7 +107,7 @@ class Ours(Subject):
     def _make_target(self) -> Any:
         """A state of the right shapes, of which no page is touched."""
         shapes = self.case.shapes
-        return {n: self._leaf(n, np.empty(self.case.part(shape, self.rank)[1], np.float32)) for n, shape in shapes}
+        return {n: self._leaf(n, np.empty(self.case.part(n, shape, self.rank)[1], np.float32)) for n, shape in shapes}
 
     def before_restore(self) -> None:
         """A restart of the job: a `Checkpointer` restores once."""

@@ -93,7 +93,9 @@ class TfSync(_Tensorflow):
         RestoreV2 reads into buffers of its own, which become the variables'.
         """
         self._load_to_restore(step)
-        self._track({name: self.tf.zeros(self.case.part(shape, self.rank)[1]) for name, shape in self.case.shapes})
+        self._track(
+            {name: self.tf.zeros(self.case.part(name, shape, self.rank)[1]) for name, shape in self.case.shapes}
+        )
 
     def restore(self) -> Mapping[str, Any]:
         assert self._last is not None
@@ -145,7 +147,7 @@ class TfHook(_Tensorflow):
         v1 = self.tf.compat.v1
         self._inputs, self._variables = {}, {}
         for name, shape in self.case.shapes:
-            part = self.case.part(shape, self.rank)[1]
+            part = self.case.part(name, shape, self.rank)[1]
             self._inputs[name] = v1.placeholder(self.tf.float32, part)
             # DeepCopy: else a variable may share NumPy's memory, and its first update would be a copy.
             value = self.tf.raw_ops.DeepCopy(x=self._inputs[name])

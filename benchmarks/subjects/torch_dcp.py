@@ -112,10 +112,14 @@ class TorchDcp(Subject):
         self.state = self.globally(self.parts)
 
     def globally(self, parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The state as DCP shall see it: with several ranks, tensors sharded over axis 0 that share this memory."""
+        """The state as DCP shall see it: with several ranks, tensors sharded over axis 0 that share this memory.
+
+        Replicated ones are plain tensors, of which DCP has one rank each write one.
+        """
         if self.case.world_size == 1:
             return parts
-        return {name: DTensor.from_local(part, self.mesh, [Shard(0)]) for name, part in parts.items()}
+        whole = self.case.replicated
+        return {n: p if n in whole else DTensor.from_local(p, self.mesh, [Shard(0)]) for n, p in parts.items()}
 
     def update(self, names: Sequence[str]) -> None:
         if self.staging is not None:
@@ -146,7 +150,7 @@ class TorchDcp(Subject):
         self.path = self.files(step)
 
     def restore(self) -> Mapping[str, Any]:
-        parts = {name: torch.empty(self.case.part(shape, self.rank)[1]) for name, shape in self.case.shapes}
+        parts = {name: torch.empty(self.case.part(name, shape, self.rank)[1]) for name, shape in self.case.shapes}
         dcp.load(self.globally(parts), checkpoint_id=self.path)
         return parts
 

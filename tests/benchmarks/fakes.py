@@ -50,7 +50,7 @@ class Silent(Subject):
             data = self._decoded(file.read())
         restored, start = {}, 0
         for name, shape in self.case.shapes:
-            part = self.case.part(shape, self.rank)[1]
+            part = self.case.part(name, shape, self.rank)[1]
             restored[name] = np.frombuffer(data, np.float32, int(np.prod(part)), start).reshape(part)
             start += restored[name].nbytes
         return restored
