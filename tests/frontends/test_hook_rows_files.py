@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import ray
 import tensorflow as tf
 from ray.cluster_utils import Cluster
 
-from ray_ckpt.coordinator import run_id
+from ray_ckpt.coordinator import find, run_id
 from tests.cluster import RUNS
 from tests.frontends.conftest import MAKERS
 from tests.frontends.sessions import (
@@ -250,3 +253,32 @@ def test_row_34_a_lost_session_is_restored_and_saved_again(make_any_hook: Make, 
 def test_row_42_under_tf2_behaviour(stories: dict[str, Story]) -> None:
     assert tf.__internal__.tf2.enabled()
     assert weights(stories["async"].folder) == (5, 50.0)
+
+
+def test_rows_38_and_39_a_third_save_waits_and_values_are_of_their_step(folder: str) -> None:
+    made = model()
+    hook = MAKERS["async"](folder, save_steps=1)
+    runs: list[int] = []
+    with session(hook, folder=folder) as opened:
+        opened.run(made.train)
+        hook.wait()
+        logic = hook._saves.job._link.logic
+        coordinator = ray.get(find(folder).pid.remote())
+
+        def more() -> None:
+            for _ in range(4):
+                runs.append(int(opened.run(made.train)))
+
+        training = threading.Thread(target=more)
+        os.kill(coordinator, signal.SIGSTOP)
+        try:
+            training.start()
+            # The saves of steps 2 and 3 are under way, and that of 4 has no memory.
+            eventually(lambda: logic.step == 4, "the third due save")
+            assert runs == [2, 3]
+            assert 4 not in logic.snapshots
+        finally:
+            os.kill(coordinator, signal.SIGCONT)
+        training.join()
+    assert runs == [2, 3, 4, 5]
+    assert [weights(folder, step) for step in range(1, 6)] == [(step, 10.0 * step) for step in range(1, 6)]
