@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 from ray.cluster_utils import Cluster
@@ -94,6 +96,45 @@ def test_a_preemption_notice_does_as_a_drain(
     loops = job.begin("train", 1, LONG, states.small, 0.01)
     eventually(lambda: job.on(0, "get", "done") > 5, "some steps")
     metadata.keys["preempted"] = "TRUE"
+    stopped = get(loops)
+    assert stopped[0] == stopped[1] != []
+    assert job.all("get", "preempted") == [True, True]
+    job.all("call", "close")
+    assert job.steps() == stopped[0]
+    job.end()
+
+
+@pytest.fixture
+def started(ray_cluster: Cluster) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """The id of one more host, and the `ray start --block` that a container or machine ends with SIGTERM."""
+    before = {node["NodeID"] for node in ray.nodes()}
+    command = [str(Path(sys.executable).with_name("ray")), "start", f"--address={ray_cluster.address}", "--block"]
+    size = ["--num-cpus=4", "--object-store-memory=80000000", "--disable-usage-stats"]
+    settings = {**os.environ, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(NOTICE_S)}
+    process = subprocess.Popen([*command, *size], env=settings, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        (node,) = eventually(lambda: {n["NodeID"] for n in ray.nodes() if n["Alive"]} - before, "one more host")
+        yield node, process
+    finally:
+        ours = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        for child in [*ours, process]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("ray")
+def test_sigterm_to_ray_start_does_as_a_drain(
+    crew: Crew, started: tuple[str, subprocess.Popen[bytes]], tmp_path: Path
+) -> None:
+    node, process = started
+    job = Job(Crew([crew.hosts[0], node]), tmp_path / "run").start(2)
+    RUNS.add(run_id(job.url))
+    job.all("restore")
+    loops = job.begin("train", 1, LONG, states.small, 0.01)
+    eventually(lambda: job.on(0, "get", "done") > 5, "some steps")
+    process.send_signal(signal.SIGTERM)
     stopped = get(loops)
     assert stopped[0] == stopped[1] != []
     assert job.all("get", "preempted") == [True, True]
