@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from ray_ckpt.cli.clean import clean
 from ray_ckpt.cli.listing import ls
+from ray_ckpt.cli.plan import plan
 from ray_ckpt.cli.save import save
 from ray_ckpt.cli.show import show
 from ray_ckpt.cli.verify import verify
@@ -35,14 +36,14 @@ class _OneLineErrors(TyperGroup):
 
 app = typer.Typer(
     name="ray-ckpt",
-    help="Look at, verify and clean up checkpoint directories on any fsspec URL.",
+    help="Look at, verify and clean up checkpoint directories on any fsspec URL; plan a save.",
     epilog="Exit codes: 0 success, 1 damage was found, 2 the call or the storage is wrong.",
     cls=_OneLineErrors,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-for command in (ls, show, verify, save, clean):
+for command in (ls, show, verify, save, clean, plan):
     app.command()(command)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, Protocol, cast
@@ -211,6 +211,14 @@ def merge_boxes(boxes: Iterable[Box]) -> tuple[Box, ...]:
         for axis in range(len(merged[0].shape) if merged else 0):
             merged = _merge_along(merged, axis)
     return tuple(sorted(merged))
+
+
+def boxes_by_holders(holders: Mapping[Box, Collection[int]]) -> dict[frozenset[int], list[Box]]:
+    """Boxes that exactly the same processes hold: only these may be merged (see `jax_leaf`)."""
+    classes: dict[frozenset[int], list[Box]] = {}
+    for box, processes in holders.items():
+        classes.setdefault(frozenset(processes), []).append(box)
+    return classes
 
 
 def _merge_along(boxes: Sequence[Box], axis: int) -> list[Box]:

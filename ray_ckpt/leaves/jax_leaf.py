@@ -16,7 +16,7 @@ import numpy as np
 
 from ray_ckpt.bundle import dtype_name
 from ray_ckpt.errors import MismatchError, StateError
-from ray_ckpt.leaves.base import Array, Form, Parts, Wanted, cut, merge_boxes, sole, whole
+from ray_ckpt.leaves.base import Array, Form, Parts, Wanted, boxes_by_holders, cut, merge_boxes, sole, whole
 from ray_ckpt.types import Box, Shape
 
 _GLOBAL = "jax:global"
@@ -225,10 +225,7 @@ def _held_boxes(sharding: Any, shape: Shape, process: int) -> tuple[Box, ...]:
     holders: dict[Box, set[int]] = {}
     for device, index in sharding.devices_indices_map(shape).items():
         holders.setdefault(_box_of(index, shape), set()).add(device.process_index)
-    classes: dict[frozenset[int], list[Box]] = {}
-    for box, processes in holders.items():
-        if process in processes:
-            classes.setdefault(frozenset(processes), []).append(box)
+    classes = boxes_by_holders({box: held for box, held in holders.items() if process in held})
     return tuple(sorted(box for boxes in classes.values() for box in merge_boxes(boxes)))
 
 

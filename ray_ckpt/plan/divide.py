@@ -38,6 +38,13 @@ _STRING_WEIGHT = 64
 """Guess of the bytes of one string, to spread string tensors."""
 
 _MIN_PIECE_NBYTES = MIB
+_SHARE_NBYTES = 2 * MIB
+"""Where a rank's fair share is smaller, leaves below ``cut_nbytes`` stay whole: nothing is gained by even shares."""
+
+_LEAST_CUT_NBYTES = 256 << 10
+_COARSE = 1 / 16
+"""Of a fair share: what is smaller hardly makes shares uneven, so it stays whole."""
+
 _PAGE_NBYTES = 4096
 _SLACK = 0.02
 """How far above its fair share whole leaves may push a rank before one is cut instead."""
@@ -85,8 +92,9 @@ def make_plan(
 ) -> Plan:
     """Divide the state of all ranks among them; ``layouts[r]`` is rank r's.
 
-    A rank gets up to ``max_writers_per_rank`` data shards, as long as each has ``min_writer_nbytes``; leaves
-    larger than ``cut_nbytes`` may be cut. Deterministic: equal layouts and settings give an equal plan.
+    A rank gets up to ``max_writers_per_rank`` data shards, as long as each has ``min_writer_nbytes``. Leaves
+    larger than ``cut_nbytes`` may be cut, and smaller ones that are much of what a rank writes. Deterministic: equal
+    layouts and settings give an equal plan.
 
     Raises:
         StateError: ranks disagree on a tensor's dtype or global shape, its parts leave gaps or overlap, or
@@ -211,6 +219,8 @@ def _share(
 ) -> Iterable[tuple[_Item, int, Box]]:
     """Share items among ranks that all hold them; adds to ``loads``."""
     level = _fair_level([loads[rank] for rank in ranks], sum(item.nbytes for item in items))
+    if level >= _SHARE_NBYTES:
+        cut_nbytes = min(cut_nbytes, max(_LEAST_CUT_NBYTES, int(level * _COARSE)))
     heap = [(loads[rank], rank) for rank in ranks]
     heapq.heapify(heap)
     for item in items:
@@ -254,11 +264,12 @@ def _may_cut(item: _Item, num_ranks: int, cut_nbytes: int) -> bool:
 def _cut(item: _Item, loads: Sequence[tuple[int, int]], level: float) -> list[tuple[int, Box]]:
     """Fill (load, rank) pairs, least loaded first, up to ``level`` with pieces of one box."""
     left = float(item.nbytes)
+    piece = min(_MIN_PIECE_NBYTES, level * _COARSE / 2)
     most = min(max(item.box.shape), max(1, MAX_SLICES // len(item.tensor.holders)))
     shares: list[tuple[int, float]] = []
     for load, rank in loads[:most]:
         share = min(left, level - load)
-        if share < min(_MIN_PIECE_NBYTES, left):
+        if share < min(piece, left):
             break
         shares.append((rank, share))
         left -= share
@@ -266,6 +277,10 @@ def _cut(item: _Item, loads: Sequence[tuple[int, int]], level: float) -> list[tu
             break
     if not shares:
         return [(loads[0][1], item.box)]
+    for _, rank in loads[len(shares) : most]:
+        if left <= piece * len(shares):
+            break
+        shares.append((rank, 0.0))
     # What did not fit below the level goes to all of them alike.
     extra = max(left, 0) / len(shares)
     shape = item.box.shape

@@ -21,6 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("log",),
     ("metadata",),
     ("tree", "leaves"),
+    ("models",),
     ("snapshot",),
     ("restore",),
     ("target",),
