@@ -54,12 +54,11 @@ class Slice:
 
 
 @contextmanager
-def tpu_slice(cluster: Cluster, name: str, *, later: bool = False) -> Iterator[Slice]:
-    """A slice that is gone at the end. ``later``: the test starts it."""
+def tpu_slice(cluster: Cluster, name: str) -> Iterator[Slice]:
+    """A slice that is gone at the end."""
     made = Slice(name, cluster)
     try:
-        if not later:
-            made.start()
+        made.start()
         yield made
     finally:
         made.end()
