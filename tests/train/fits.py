@@ -54,10 +54,9 @@ class Run:
             scaling_config=ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 1}, **(scaling or {})),
             run_config=RunConfig(
                 name=self.name,
-                storage_path=str(self.folder),
                 failure_config=failures or FailureConfig(),
                 checkpoint_config=CheckpointConfig(num_to_keep=num_to_keep),
-                **(run_config or {}),
+                **{"storage_path": str(self.folder), **(run_config or {})},
             ),
             **(more or {}),
         ).fit()

@@ -121,3 +121,9 @@ def _attached(ckpt: ray_ckpt.Checkpointer, index: int) -> int | None:
     ckpt.report({"index": index})
     checkpoint = ray.train.get_checkpoint()
     return None if checkpoint is None else ray_ckpt.from_train(checkpoint).step
+
+
+def disagreeing(config: Config) -> None:
+    """`train` with a cadence of each rank's own."""
+    rank = ray.train.get_context().get_world_rank()
+    train({**config, "settings": {"save_steps": rank + 1}})
