@@ -45,6 +45,9 @@ def train(config: dict[str, Any]) -> None:
             if step == SAVE_STEPS:
                 ckpt.wait()
                 note(config, ckpt, "saved", actors=actors_of(run_id(ckpt.url)), free=ray.available_resources())
+            if ckpt.should_stop:
+                note(config, ckpt, "stopped", step=step)
+                break
             if step > SAVE_STEPS:
                 # At the pace of a real step: gloo's collectives are not to fill this machine.
                 threading.Event().wait(0.02)

@@ -11,6 +11,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from examples.demo.cluster import environment
+from tests.system.test_preemption import drain
 
 HOSTS = 2
 """Of a v4-16 slice: 2x2x2 chips, four of them a host."""
@@ -46,6 +47,11 @@ class Slice:
     def kill(self) -> None:
         """All its hosts at once, without a word, as when the machines go."""
         self.end(allow_graceful=False)
+
+    def drain(self, notice_s: float) -> None:
+        """Ray hears that all its hosts go in so many seconds."""
+        for node in self.nodes:
+            drain(node, notice_s)
 
     def end(self, *, allow_graceful: bool = True) -> None:
         """Take its hosts out of the cluster."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,9 +108,11 @@ def test_the_pod_config_fits_its_slice() -> None:
     assert differing == {"storage", "hosts", "model", "steps", "save_steps", "report_steps"}
 
 
-def test_the_runtime_env_is_one() -> None:
+def test_the_runtime_env_brings_what_the_package_needs() -> None:
     from ray.runtime_env import RuntimeEnv
 
     found = yaml.safe_load((ROOT / "examples" / "runtime_env.yaml").read_text())
     RuntimeEnv(**found)
-    assert all((ROOT / module / "__init__.py").exists() for module in found["py_modules"])
+    project = (ROOT / "pyproject.toml").read_text()
+    needed = re.findall(r'"(.+)"', project.split("\ndependencies = [")[1].split("\n]")[0])
+    assert {need for need in needed if not need.startswith("ray")} <= set(found["pip"])
