@@ -275,8 +275,6 @@ def _cut(item: _Item, loads: Sequence[tuple[int, int]], level: float) -> list[tu
         left -= share
         if left <= 0:
             break
-    if not shares:
-        return [(loads[0][1], item.box)]
     for _, rank in loads[len(shares) : most]:
         if left <= piece * len(shares):
             break

@@ -292,3 +292,38 @@ def test_settings_must_be_positive() -> None:
 def test_an_empty_state_has_an_empty_plan() -> None:
     plan = make_plan([layout()] * 2)
     assert (plan.tensors, plan.num_writers, loads(plan)) == ((), 0, [0, 0])
+
+
+@pytest.mark.parametrize("world_size", [3, 16, 64])
+def test_many_hosts_write_equal_parts_of_leaves_below_the_limit(world_size: int) -> None:
+    leaves = [leaf(f"w{i}", (n, 1024)) for i, n in enumerate([3072, 3000, 2304, 768] * 30)]
+    plan = make_plan([layout(*leaves)] * world_size)
+    even = sum(loads(plan)) / world_size
+    assert 0.95 * even < min(loads(plan)) <= max(loads(plan)) < 1.05 * even
+    whole = sum(len(tensor.boxes) == 1 for tensor in plan.tensors)
+    assert whole >= len(leaves) - 2 * world_size
+
+
+def test_small_shares_are_not_worth_a_cut() -> None:
+    plan = make_plan([layout(leaf("w", (5 * 256, 1024)))] * 4)
+    assert sorted(loads(plan)) == [0, 0, 0, 5 * MIB]
+
+
+def test_ranks_without_a_part_are_named() -> None:
+    halves = [Box((0, 0), (4, 8)), Box((4, 0), (4, 8))]
+    first = layout(leaf("a", (2,)), leaf("w", (8, 8), halves[0], kind="jax:global"))
+    other = layout(leaf("a", (2,)))
+    text = (
+        r"w: no slice holds element \(4, 0\) of shape \(8, 8\).*; nothing of it is in the state of ranks 1, 2: every"
+        " process that holds a part of an array must be a rank of the job and have the leaf in its state"
+    )
+    with pytest.raises(StateError, match=text):
+        make_plan([first, other, other])
+    with pytest.raises(
+        StateError, match=r"nothing of it is in the state of ranks 1, 2, 3, 4, 5, 6, 7, 8, \.\.\.: every"
+    ):
+        make_plan([first, *[other] * 11])
+    # All ranks have it, so none of them is to blame.
+    with pytest.raises(StateError, match=r"a rank's part is missing$"):
+        make_plan([first, first])
+    make_plan([first, layout(leaf("w", (8, 8), halves[1], kind="jax:global"))])
