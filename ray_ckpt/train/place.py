@@ -10,7 +10,7 @@ from typing import Any
 from ray_ckpt.errors import UsageError
 
 _ALIASES = {"local": "file", "gcs": "gs", "s3a": "s3"}
-_OF_ONE_PROCESS = ("asynchronous", "loop", "skip_instance_cache")
+_OF_ONE_PROCESS = ("asynchronous", "loop")
 """Options of an fsspec object that mean nothing in another process."""
 
 

@@ -60,6 +60,7 @@ def wrapped(protocol: str, **options: Any) -> PyFileSystem:
             Place("gs://bucket/a", {"token": "anon", "endpoint_url": "http://127.0.0.1:9", "project": "p"}),
         ),
         (wrapped("gcs", token="anon"), "bucket/a", Place("gs://bucket/a", {"token": "anon"})),
+        (wrapped("gcs", token="anon", asynchronous=False), "b/a", Place("gs://b/a", {"token": "anon"})),
         (wrapped("s3", key="an-id", secret="s"), "/bucket/a/", Place("s3://bucket/a", {"key": "an-id", "secret": "s"})),
         (SubTreeFileSystem("bucket/runs", GcsFileSystem()), "a", Place("gs://bucket/runs/a")),
         (

@@ -35,9 +35,11 @@ def wrapped(server: Server) -> Any:
 @pytest.mark.parametrize("filesystem", [native, wrapped])
 def test_a_run_in_a_bucket_needs_no_more_than_ray_has(run: Run, filesystem: Any) -> None:
     with gcs_server() as server:
-        url = f"{server.make_bucket('bucket')}/runs/exp/ray_ckpt"
+        # A name of its own: the coordinator of a run is found by its URL, and outlives the run and its server a while.
+        bucket = f"bucket-{filesystem.__name__}"
+        url = f"{server.make_bucket(bucket)}/runs/exp/ray_ckpt"
         RUNS.add(run_id(url))
-        where = {"storage_path": "bucket/runs", "storage_filesystem": filesystem(server)}
+        where = {"storage_path": f"{bucket}/runs", "storage_filesystem": filesystem(server)}
         for steps in (3, 5):
             result = run.fit(loops.train, steps=steps, settings={"save_steps": 2}, report_at=[steps], run_config=where)
         assert [note["restored"] for note in run.noted(2)] == [3, 3]
