@@ -36,12 +36,13 @@ CONTEXT = 16
 
 @dataclass(frozen=True)
 class Config:
-    """``dir``: directory or bucket of the run. ``save_freq``: batches between two saves."""
+    """``dir``: directory or bucket of the run. ``save_freq``: batches between two saves. ``hidden``: the width."""
 
     dir: str
     epochs: int = 3
     save_freq: int = 50
     samples: int = 20_000
+    hidden: int = 128
 
 
 def characters(count: int) -> tuple[Any, Any, int]:
@@ -54,7 +55,7 @@ def characters(count: int) -> tuple[Any, Any, int]:
     return tokens[starts[:, None] + np.arange(CONTEXT)], tokens[starts + CONTEXT], len(chars)
 
 
-def make_model(vocabulary: int) -> Any:
+def make_model(vocabulary: int, width: int) -> Any:
     """A small network with dropout, so that the random state matters."""
     layers = keras.layers
     model = keras.Sequential(
@@ -62,7 +63,7 @@ def make_model(vocabulary: int) -> Any:
             layers.Input((CONTEXT,), dtype="int32"),
             layers.Embedding(vocabulary, 16),
             layers.Flatten(),
-            layers.Dense(128, activation="relu"),
+            layers.Dense(width, activation="relu"),
             layers.Dropout(0.1),
             layers.Dense(vocabulary),
         ]
@@ -79,7 +80,7 @@ def main() -> None:
     join()
     keras.utils.set_random_seed(0)
     x, y, vocabulary = characters(options.samples)
-    model = make_model(vocabulary)
+    model = make_model(vocabulary, options.hidden)
     best = ray_ckpt.ModelCheckpoint(f"{options.dir}/models", monitor="val_accuracy", max_to_keep=2)
     backup = ray_ckpt.BackupAndRestore(f"{options.dir}/backup", options.save_freq, delete_checkpoint=False)
 

@@ -39,11 +39,12 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class Config:
-    """``dir``: directory or bucket of the run. ``save_steps``: steps between two saves."""
+    """``dir``: directory or bucket of the run. ``save_steps``: steps between two saves. ``hidden``: the width."""
 
     dir: str
     steps: int = 3000
     save_steps: int = 500
+    hidden: int = 128
 
 
 class Text:
@@ -64,13 +65,13 @@ class Text:
 class Model:
     """A small network; its embedding lies in two partitions, which are slices of one tensor in the checkpoint."""
 
-    def __init__(self, vocabulary: int) -> None:
+    def __init__(self, vocabulary: int, width: int) -> None:
         self.step = v1.train.get_or_create_global_step()
         self.batch = v1.placeholder(tf.int32, (None, CONTEXT + 1))
         halves = v1.fixed_size_partitioner(2)
         embedding = v1.get_variable("embedding", (vocabulary, 16), partitioner=halves)
         seen = tf.nn.embedding_lookup(embedding, self.batch[:, :-1])
-        hidden = self._dense("hidden", tf.reshape(seen, (-1, CONTEXT * 16)), 128)
+        hidden = self._dense("hidden", tf.reshape(seen, (-1, CONTEXT * 16)), width)
         logits = self._dense("logits", tf.nn.relu(hidden), vocabulary)
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(self.batch[:, -1], logits)
         self.loss = tf.reduce_mean(losses)
@@ -89,15 +90,17 @@ class Announce(v1.train.CheckpointSaverListener):  # type: ignore[misc, name-def
         print(f"saved step {global_step_value}", flush=True)
 
 
-def train(folder: str, steps: int, save_steps: int) -> None:
+def train(config: Config) -> None:
     """Train to the last step, from wherever the run before got to."""
     v1.set_random_seed(0)
     text = Text()
-    model = Model(len(text.chars))
+    model = Model(len(text.chars), config.hidden)
     # Without blocking=False, a hook whose listener has an `after_save` waits for each commit.
-    hook = ray_ckpt.CheckpointSaverHook(folder, save_steps=save_steps, listeners=[Announce()], blocking=False)
+    hook = ray_ckpt.CheckpointSaverHook(
+        config.dir, save_steps=config.save_steps, listeners=[Announce()], blocking=False
+    )
     with v1.train.MonitoredTrainingSession(
-        checkpoint_dir=None if "://" in folder else folder,
+        checkpoint_dir=None if "://" in config.dir else config.dir,
         hooks=[hook],
         save_checkpoint_secs=None,
         save_summaries_steps=None,
@@ -105,9 +108,9 @@ def train(folder: str, steps: int, save_steps: int) -> None:
     ) as session:
         step = session.run_step_fn(lambda step_context: step_context.session.run(model.step))
         print(f"begins at step {step}", flush=True)
-        while step < steps and not session.should_stop():
+        while step < config.steps and not session.should_stop():
             step, loss = session.run([model.train, model.loss], {model.batch: text.batch(step)})
-            if step % save_steps == 0:
+            if step % config.save_steps == 0:
                 print(f"step {step}: loss {loss:.3f}", flush=True)
 
 
@@ -117,7 +120,7 @@ def main(arguments: list[str] | None = None) -> None:
     log_steps()
     join()
     with tf.Graph().as_default():
-        train(options.dir, options.steps, options.save_steps)
+        train(options)
 
 
 if __name__ == "__main__":
