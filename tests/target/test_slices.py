@@ -31,7 +31,7 @@ def sliced(box: Box, values: Any = VALUES, **more: Any) -> Any:
 
 
 ZEROS = {name: np.zeros_like(array) for name, array in VALUES.items()}
-CUTS = [(1, 1), (4, 1), (3, 1), (1, 4), (2, 2)]
+CUTS = [(1, 1), (2, 1), (3, 1), (4, 1), (8, 1), (1, 4), (2, 2)]
 
 
 @pytest.mark.parametrize("after", CUTS)
