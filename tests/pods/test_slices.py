@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tenacity import Retrying, retry_if_result, stop_after_delay, wait_fixed
 import ray_ckpt
 from ray_ckpt.coordinator import find_or_start, run_id
 from ray_ckpt.timeline import timelines
-from tests.cluster import RUNS
+from tests.cluster import ROOT, RUNS
 from tests.pods.pod_loop import SAVE_STEPS, noted, train
 from tests.pods.slices import HOSTS, actors_of, labels, tpu_slice
 from tests.system.test_preemption import NOTICE_S
@@ -105,6 +106,33 @@ def test_the_coordinator_is_on_the_head(ray_cluster: Cluster, tmp_path: Path) ->
 def start_coordinator(url: str) -> None:
     """And wait until it is up."""
     ray.get(find_or_start(url, {}).status.remote())
+
+
+@pytest.mark.slow
+def test_the_example_on_a_slice(ray_cluster: Cluster, notes: Path) -> None:
+    """The pod's config with another slice, model and pace: nothing but the config says that there are chips."""
+    from examples.config import read
+    from examples.jax_tpu_pod import Config, Hosts, Network, trainer
+
+    pod = read(ROOT / "examples" / "configs" / "jax_v6e_16.yaml", Config)
+    small = replace(
+        pod,
+        name="exp",
+        storage=str(notes.parent),
+        hosts=Hosts(HOSTS, "2x2x2", "TPU-V4"),
+        # Each process of the tests has eight devices.
+        model=Network(sequences=32),
+        steps=6,
+        save_steps=3,
+        report_steps=3,
+    )
+    with tpu_slice(ray_cluster, "slice-a"):
+        result = trainer(small).fit()
+    assert result.metrics is not None
+    assert result.metrics["step"] == 6
+    pointer = ray_ckpt.from_train(result.checkpoint)
+    assert (pointer.step, pointer.url) == (6, f"file://{notes.parent}/exp/ray_ckpt")
+    assert pointer.load()["params/head/kernel"].shape == (96, 108)
 
 
 @pytest.mark.slow
