@@ -31,7 +31,6 @@ _AGAIN_S = 1.0
 _LOOK_S = 2.0
 """Deaths and snapshots are told of; this is for those of which no word came."""
 _NOTICE_S = 2.0
-_NO_ANSWER_S = 60.0
 _DEBOUNCE_S = 0.005
 _WRITE_S = 60.0
 _SLOWEST = 1e6
@@ -71,7 +70,7 @@ class Agent:
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._busy_at = time.monotonic()
-        self._draining = False
+        self._draining = self._deaf = False
         # By itself: Ray starts it again after a crash, and then perhaps nobody calls, but snapshots lie there.
         self._spawn(self._start_alone())
 
@@ -306,9 +305,14 @@ class Agent:
                 logger.warning("%s, in about %.0f s: draining the node", notice.text, notice.left_s)
                 await asyncio.to_thread(notices.drain, self._node_id, notice)
                 self._draining = True
+            self._deaf = False
         except OSError as error:
-            logger.warning("%s: no save ahead of a preemption of this host: %s", self._url, error)
-            await asyncio.sleep(_NO_ANSWER_S)
+            # Once: it may go on for days, and must be asked again all the same.
+            logger.log(
+                logging.DEBUG if self._deaf else logging.WARNING,
+                "%s: whether this host is about to be preempted is not known: %s", self._url, error,
+            )  # fmt: skip
+            self._deaf = True
 
     def _look_around(self) -> None:
         """Notice workers that died, and segments that were sealed without a word."""

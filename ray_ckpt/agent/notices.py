@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from urllib.error import HTTPError, URLError
-from urllib.request import Request, urlopen
+from urllib.request import ProxyHandler, Request, build_opener
 
 import ray
 
@@ -22,12 +22,15 @@ HOST_VARIABLE = "GCE_METADATA_HOST"
 
 _DEFAULT_HOST = "metadata.google.internal"
 _PRODUCT_FILE = Path("/sys/class/dmi/id/product_name")
-_TIMEOUT_S = 5.0
+_TIMEOUT_S = 3.0
 _PREEMPTED_S = 30.0
 """So long a spot machine goes on after its notice."""
 _TERMINATED_S = 60.0
+_DRAIN_S = 10.0
 _AHEAD_S = 120.0
 """Maintenance is announced days ahead: training goes on until shortly before its window."""
+_DIRECT = build_opener(ProxyHandler({}))
+"""A proxy is another machine, and may answer for itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,43 +54,76 @@ def on_compute_engine() -> bool:
 def read_notice() -> Notice | None:
     """What the metadata server says now; None while this machine stays.
 
-    A live migration is none: it takes the machine along.
+    A live migration is none: it takes the machine along. One key that cannot be read hides no other.
 
     Raises:
-        OSError: it does not answer.
+        OSError: there is no notice in what could be read, and something could not.
     """
-    if _get("preempted") == "TRUE":
-        return Notice("Compute Engine preempts this machine", _PREEMPTED_S)
-    if _get("maintenance-event") == "TERMINATE_ON_HOST_MAINTENANCE":
-        return Notice("Compute Engine ends this machine for maintenance of its host", _TERMINATED_S)
-    upcoming = _get("upcoming-maintenance?alt=json")
-    return _maintenance(upcoming) if upcoming else None
+    problem: OSError | None = None
+    for read in (_preempted, _terminated, _maintained):
+        try:
+            notice = read()
+        except OSError as error:
+            problem = error
+        else:
+            if notice is not None:
+                return notice
+    if problem is not None:
+        raise problem
+    return None
 
 
-def _maintenance(text: str) -> Notice | None:
+def _preempted() -> Notice | None:
+    found = _get("preempted") == "TRUE"
+    return Notice("Compute Engine preempts this machine", _PREEMPTED_S) if found else None
+
+
+def _terminated() -> Notice | None:
+    found = _get("maintenance-event") == "TERMINATE_ON_HOST_MAINTENANCE"
+    return Notice("Compute Engine ends this machine for maintenance of its host", _TERMINATED_S) if found else None
+
+
+def _maintained() -> Notice | None:
+    """Of a planned maintenance. Where none is, the server says so in several ways."""
+    text = _get("upcoming-maintenance?alt=json")
     try:
-        content = json.loads(text)
+        content = json.loads(text) if text and text != "NONE" else {}
+        if isinstance(content, dict) and len(content) == 1 and isinstance(next(iter(content.values())), dict):
+            content = next(iter(content.values()))
         # Written with underscores by the server, and without by Google's other tools.
         found = {key.replace("_", "").lower(): str(value) for key, value in content.items()}
-        if found.get("maintenancestatus", "").upper() == "ONGOING":
-            return Notice("maintenance of this machine's host has begun", 0.0)
-        start = datetime.fromisoformat(found["windowstarttime"].replace("Z", "+00:00"))
+        if not found or "error" in found:
+            return None
+        status = found.get("maintenancestatus", "PENDING").upper()
+        if status == "ONGOING":
+            return Notice("maintenance of this machine's host has begun", _TERMINATED_S)
+        left_s, over_s = _until(found["windowstarttime"]), _until(found.get("windowendtime", ""))
     except (ValueError, KeyError, AttributeError) as error:
         raise OSError(f"upcoming-maintenance of the metadata server is not understood ({error!r}): {text!r}") from None
-    left_s = start.timestamp() - time.time()
-    return Notice(f"maintenance of this machine's host begins at {start}", left_s) if left_s <= _AHEAD_S else None
+    if status != "PENDING" or left_s > _AHEAD_S or over_s < 0:
+        return None
+    return Notice(
+        f"maintenance of this machine's host begins at {found['windowstarttime']}", max(left_s, _TERMINATED_S)
+    )
+
+
+def _until(text: str) -> float:
+    """Seconds from now; a time that is not given never comes. Raises `ValueError`."""
+    if not text:
+        return float("inf")
+    return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp() - time.time()
 
 
 def _get(key: str) -> str:
-    """The value of an instance's key; empty where there is none."""
+    """The value of an instance's key; empty where there is none (yet)."""
     host = os.environ.get(HOST_VARIABLE) or _DEFAULT_HOST
     request = Request(f"http://{host}/computeMetadata/v1/instance/{key}", headers={"Metadata-Flavor": "Google"})
     try:
-        with urlopen(request, timeout=_TIMEOUT_S) as answer:
+        with _DIRECT.open(request, timeout=_TIMEOUT_S) as answer:
             found: bytes = answer.read()
-            return found.decode().strip()
+            return found.decode(errors="replace").strip()
     except HTTPError as error:
-        if error.code == 404:
+        if error.code in (404, 503):
             return ""
         raise
     except URLError as error:
@@ -105,8 +141,8 @@ def drain(node_id: str, notice: Notice) -> None:
 
         client = ray._raylet.GcsClient(address=ray.get_runtime_context().gcs_address)
         reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-        deadline_ms = int((time.time() + max(notice.left_s, 1.0)) * 1000)
-        accepted, why_not = client.drain_node(node_id, reason, notice.text, deadline_ms)
+        deadline_ms = int((time.time() + notice.left_s) * 1000)
+        accepted, why_not = client.drain_node(node_id, reason, notice.text, deadline_ms, timeout=_DRAIN_S)
     except (AttributeError, ImportError, TypeError, ValueError) as error:
         raise OSError(f"this version of Ray cannot be told to drain a node: {error!r}") from error
     if not accepted:

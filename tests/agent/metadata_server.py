@@ -13,10 +13,15 @@ ROOT = "/computeMetadata/v1/instance/"
 
 @dataclass
 class MetadataServer:
-    """``keys`` are what is below ``instance/``; all others are not found. ``host`` is ``127.0.0.1:<port>``."""
+    """``keys`` are what is below ``instance/``; all others are not found. ``host`` is ``127.0.0.1:<port>``.
+
+    ``busy`` keys have no value yet, ``broken`` ones none that the server can give.
+    """
 
     host: str = ""
     keys: dict[str, str] = field(default_factory=dict)
+    busy: set[str] = field(default_factory=set)
+    broken: set[str] = field(default_factory=set)
 
 
 @contextmanager
@@ -29,6 +34,8 @@ def running() -> Iterator[MetadataServer]:
             key = self.path.removeprefix(ROOT)
             if self.headers.get("Metadata-Flavor") != "Google":
                 self.send_error(403)
+            elif key in state.busy | state.broken:
+                self.send_error(503 if key in state.busy else 500)
             elif key not in state.keys:
                 self.send_error(404)
             else:

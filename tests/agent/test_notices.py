@@ -37,14 +37,51 @@ def test_a_machine_that_stays(server: MetadataServer) -> None:
 
 
 @pytest.mark.parametrize(
+    "value",
+    [
+        "{}",
+        "NONE",
+        '{"error": "no notifications have been received yet, try again later"}',
+        maintenance(-9000.0, maintenance_status="COMPLETE"),
+        maintenance(-9000.0, window_end_time="2026-01-01T00:00:00Z"),
+    ],
+)
+def test_no_maintenance_is_said_in_many_ways(server: MetadataServer, value: str) -> None:
+    server.keys[UPCOMING] = value
+    assert notices.read_notice() is None
+
+
+def test_a_server_that_has_heard_nothing_yet(server: MetadataServer) -> None:
+    server.busy.add(UPCOMING)
+    assert notices.read_notice() is None
+
+
+def test_one_key_that_cannot_be_read_hides_no_other(server: MetadataServer) -> None:
+    server.keys[UPCOMING] = maintenance(10.0)
+    server.broken.update({"preempted", "maintenance-event"})
+    assert notices.read_notice() is not None
+    del server.keys[UPCOMING]
+    with pytest.raises(OSError, match="500"):
+        notices.read_notice()
+
+
+def test_no_proxy_is_asked(server: MetadataServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running() as proxy:
+        proxy.keys["preempted"] = "TRUE"
+        monkeypatch.setenv("http_proxy", f"http://{proxy.host}")
+        assert notices.read_notice() is None
+
+
+@pytest.mark.parametrize(
     ("key", "value", "text", "least_s", "most_s"),
     [
         ("preempted", "TRUE", "preempts this machine", 30, 30),
         ("maintenance-event", "TERMINATE_ON_HOST_MAINTENANCE", "ends this machine", 60, 60),
-        (UPCOMING, maintenance(100.0), "begins at", 1, 100),
-        (UPCOMING, maintenance(-5.0), "begins at", -400, -5),
-        (UPCOMING, maintenance(9999.0, maintenance_status="ONGOING"), "has begun", 0, 0),
-        (UPCOMING, json.dumps({"maintenanceStatus": "ONGOING"}), "has begun", 0, 0),
+        (UPCOMING, maintenance(100.0), "begins at", 60, 100),
+        (UPCOMING, maintenance(-5.0), "begins at", 60, 60),
+        (UPCOMING, maintenance(9999.0, maintenance_status="ONGOING"), "has begun", 60, 60),
+        (UPCOMING, json.dumps({"maintenanceStatus": "ONGOING"}), "has begun", 60, 60),
+        (UPCOMING, json.dumps({"Upcoming maintenance": {"maintenanceStatus": "ONGOING"}}), "has begun", 60, 60),
     ],
 )
 def test_a_machine_that_goes(
@@ -63,7 +100,7 @@ def test_the_window_of_google_s_own_form(server: MetadataServer) -> None:
     assert notices.read_notice() is not None
 
 
-@pytest.mark.parametrize("value", ["{}", "[]", "soon", '{"window_start_time": "soon"}'])
+@pytest.mark.parametrize("value", ["[]", "soon", '{"window_start_time": "soon"}'])
 def test_what_is_not_understood_is_said(server: MetadataServer, value: str) -> None:
     server.keys[UPCOMING] = value
     with pytest.raises(OSError, match="not understood"):
