@@ -65,13 +65,17 @@ def test_a_restored_checkpoint_that_ray_never_heard_of_is_attached_by_the_next_r
 @pytest.mark.slow
 def test_fits_of_the_same_name_go_on_with_fewer_and_more_workers(run: Run) -> None:
     for start, (workers, steps) in enumerate([(2, 3), (3, 5), (1, 6), (2, 7)], start=1):
-        result = run.fit(loops.train, workers, steps=steps, settings={"save_steps": 2}, report_at=[steps])
+        result = run.fit(loops.train, workers, steps=steps, settings={"save_steps": 10}, report_at=[steps])
         notes = run.noted(start)
         before = [None, 3, 5, 6][start - 1]
         assert [(n["restored"], n["registered"], n["world"], n["good"]) for n in notes] == [
             (before, before, workers, True if before else None)
         ] * workers
         assert ray_ckpt.from_train(result.checkpoint).step == steps
+    # Each start's report comes before its only commit: what it restored is attached already, and not attached again.
+    assert [name.split("_")[1:] for name in run.pointers()] == [
+        [f"{step:012d}", str(start), str(start)] for start, step in enumerate([3, 5, 6, 7], start=1)
+    ]
 
 
 @pytest.mark.slow
