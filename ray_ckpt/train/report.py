@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ray_ckpt.errors import RayCkptError, UsageError
-from ray_ckpt.train.context import check_v2, find_context, is_v2
+from ray_ckpt.train.context import check_v2, find_context
 from ray_ckpt.train.pointer import Pointer, from_train, write
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class Reporter:
         if newest is None or newest == self._attached or context.get_world_rank() != 0:
             _report(dict(metrics))
         else:
-            _attach(dict(metrics), newest, start, keep=not _uploads(context))
+            _attach(dict(metrics), newest, start, keep=_is_local(context))
             self._attached = newest
         self._last = dict(metrics)
 
@@ -80,9 +80,9 @@ def _attach(metrics: dict[str, Any], pointer: Pointer, start: int | None, keep: 
     logger.info("Ray Train's checkpoint %s points to step %d in %s", name, pointer.step, pointer.url)
 
 
-def _uploads(context: object) -> bool:
-    """Ray Train's local mode (num_workers=0) stores nothing: the directory itself becomes ``result.checkpoint``."""
-    return is_v2(context) and type(context).__name__ != "LocalTrainContext"
+def _is_local(context: object) -> bool:
+    """Ray Train without workers (num_workers=0) stores nothing: the directory itself becomes ``result.checkpoint``."""
+    return type(context).__name__ == "LocalTrainContext"
 
 
 def _registered() -> Pointer | None:
