@@ -28,6 +28,8 @@ def work(path: str, rank: int, seed: int, interrupt: tuple[int, int] | None) -> 
 
     from tests.frontends.keras_fits import fit, outcome
 
+    # Ray may give the ranks processes that have built unequally many models, whose layers Keras has counted.
+    keras.utils.clear_session()
     drawn: list[float] = []
 
     class Draw(keras.callbacks.Callback):
@@ -59,6 +61,7 @@ def work_on_own_data(path: str, rank: int, interrupt: tuple[int, int] | None) ->
 
     from tests.frontends.keras_fits import data, fit, make_frozen_model, outcome
 
+    keras.utils.clear_session()
     keras.utils.set_random_seed(1)
     model = make_frozen_model()
     if interrupt is not None:
