@@ -3,8 +3,8 @@
 Parameters are counted as published (see `published`), and optimizers as their libraries keep them.
 """
 
+from ray_ckpt.models.estimate import Outlook, Rates, outlook
 from ray_ckpt.models.mesh import HostMesh, layouts_of, unsharded
-from ray_ckpt.models.outlook import Outlook, Rates, outlook
 from ray_ckpt.models.published import MODELS
 from ray_ckpt.models.tensor import Model, Tensor, nbytes_of_state
 
