@@ -12,7 +12,7 @@ from typing import Any, Literal
 import ray
 
 from ray_ckpt import log, train
-from ray_ckpt.checkpointer import restoring
+from ray_ckpt.checkpointer import restoring, sigterm
 from ray_ckpt.checkpointer.deciding import Decisions, resolve
 from ray_ckpt.checkpointer.link import Home, Link
 from ray_ckpt.checkpointer.saving import Saver
@@ -27,9 +27,8 @@ from ray_ckpt.checkpointer.settings import (
     who_am_i,
     whole_step,
 )
-from ray_ckpt.checkpointer.sigterm import on_sigterm
 from ray_ckpt.coordinator import find, run_id
-from ray_ckpt.errors import NoCheckpointError, SaveError, UsageError
+from ray_ckpt.errors import NoCheckpointError, SaveError, UnavailableError, UsageError
 from ray_ckpt.protocol.messages import (
     BASENAME,
     JobConfig,
@@ -167,8 +166,9 @@ class Checkpointer:
         self._saver = Saver(link, run_id(self.url), config)
         self._decisions = Decisions(link, self._saver, config.save_timeout_s)
         self._reporter = train.Reporter()
-        self._undo_sigterm = on_sigterm(self._on_sigterm) if handle_sigterm else lambda: None
         link.open()
+        if handle_sigterm:
+            sigterm.listen(self)
 
     # -- restore ------------------------------------------------------------------------------------------
 
@@ -367,12 +367,14 @@ class Checkpointer:
     @property
     def stop_reason(self) -> str:
         """Why all workers are to stop; empty while they are not."""
-        return self._decisions.stop.reason if self._decisions.stop is not None else ""
+        stop = self._decisions.stop
+        return "" if stop is None else stop.reason
 
     @property
     def preempted(self) -> bool:
         """Whether all workers are to stop because a host or process of the job is about to go."""
-        return self._decisions.stop is not None and self._decisions.stop.preempted
+        stop = self._decisions.stop
+        return stop is not None and stop.preempted
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Wait until every snapshot taken so far is committed or has failed.
@@ -442,22 +444,34 @@ class Checkpointer:
         if self._closed:
             return
         try:
-            if self._last is not None and self._ready and self._last[0] >= self._link.logic.bound:
-                if self._link.trouble is not None:
-                    raise self._link.trouble
-                self._decisions.ask(*self._last, "final")
-            with self._link.condition:
-                self._link.logic.finish()
-            self._link.courier.nudge()
-            lost = [outcome for outcome in self._decisions.settle() if self._last and outcome.step == self._last[0]]
-            if lost:
-                raise SaveError(f"{self.url}: the last step, {lost[0].step}, was not saved: {lost[0].error}")
-            newest = self._decisions.newest()
-            self._reporter.finish(newest, self._link.logic.generation)
+            self._finish()
+        except (SaveError, UnavailableError) as error:
+            if self.preempted:
+                # In Ray Train the next start may have more luck, with what was committed before.
+                self._hand_over(f"{self.stop_reason}; {error}")
+            raise
         finally:
             self.leave()
         if self.preempted:
-            train.hand_over(self.url, newest.step if newest is not None else None, self.stop_reason)
+            self._hand_over(self.stop_reason)
+
+    def _finish(self) -> None:
+        """The last save, the end of all others, the last report."""
+        if self._last is not None and self._ready and self._last[0] >= self._link.logic.bound:
+            if self._link.trouble is not None:
+                raise self._link.trouble
+            self._decisions.ask(*self._last, "final")
+        with self._link.condition:
+            self._link.logic.finish()
+        self._link.courier.nudge()
+        lost = [outcome for outcome in self._decisions.settle() if self._last and outcome.step == self._last[0]]
+        if lost:
+            raise SaveError(f"{self.url}: the last step, {lost[0].step}, was not saved: {lost[0].error}")
+        self._reporter.finish(self._decisions.newest(), self._link.logic.generation)
+
+    def _hand_over(self, reason: str) -> None:
+        newest = self._decisions.newest()
+        train.hand_over(self.url, newest.step if newest is not None else None, reason)
 
     def leave(self) -> None:
         """Leave at once, without a last save; what has been snapshotted is saved without this process."""
@@ -471,9 +485,10 @@ class Checkpointer:
         # First, as the agent removes with the last report what nobody has open.
         self._saver.slots.close()
         self._link.close()
-        self._undo_sigterm()
+        sigterm.unlisten(self)
 
-    def _on_sigterm(self) -> None:
+    def on_sigterm(self) -> None:
+        """This process has been sent SIGTERM: all workers save and stop. For the handler, in a thread of its own."""
         logger.warning("rank %d: SIGTERM: all workers save and stop; a second one ends this process", self.rank)
         self.request_stop(f"rank {self.rank} was sent SIGTERM", preempted=True)
 

@@ -17,17 +17,20 @@ _CALL_S = 30.0
 
 
 class Decisions:
-    """Carries out in the training thread what has been decided. ``save_timeout_s``: within which a save ends.
-
-    ``stop``: what all workers have stopped for, None while they go on.
-    """
+    """Carries out in the training thread what has been decided. ``save_timeout_s``: within which a save ends."""
 
     def __init__(self, link: Link, saver: Saver, save_timeout_s: float) -> None:
         self._link = link
         self._saver = saver
         self._limit_s = save_timeout_s + _CALL_S
         self._told: set[int] = set()
-        self.stop: Proposal | None = None
+        self._stop: Proposal | None = None
+
+    @property
+    def stop(self) -> Proposal | None:
+        """What all workers have stopped for at the step that was told last; a loop that goes on has not."""
+        stop = self._stop
+        return stop if stop is not None and stop.step == self._link.logic.step else None
 
     def act(self, due: Due, state: Any) -> None:
         """Take the snapshot that is due; `stop` is set if all workers stop at this step.
@@ -56,7 +59,7 @@ class Decisions:
         if decided and stop.error is not None:
             raise SaveError(f"{link.url}: all workers stop at step {stop.step}: {stop.error}")
         if decided:
-            self.stop = stop
+            self._stop = stop
 
     def ask(self, step: int, state: Any, trigger: Trigger) -> None:
         """Save this step, for this reason, unless it is saved already."""

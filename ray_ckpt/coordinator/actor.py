@@ -42,6 +42,7 @@ _IO_THREADS = 8
 _IO_TIMEOUT_S = 300.0
 _LEAVING_S = 1.0
 _LEAVING_TIMEOUT_S = 10.0
+_NO_ANSWER_S = 5.0
 
 
 class Coordinator:
@@ -154,22 +155,23 @@ class Coordinator:
 
     async def _watch_nodes(self) -> None:
         """Hear of hosts that are about to go."""
+        trouble = ""
         while True:
-            await asyncio.sleep(_LEAVING_S)
+            await asyncio.sleep(_NO_ANSWER_S if trouble else _LEAVING_S)
             if self._logic.idle:
                 continue
             try:
-                leaving = await asyncio.wait_for(asyncio.to_thread(leaving_nodes), _LEAVING_TIMEOUT_S)
+                leaving = await self._threads.run(_LEAVING_TIMEOUT_S, "Ray's list of draining nodes", leaving_nodes)
+                if self._logic.on_leaving(leaving, self._clock.now()):
+                    self._publish()
+                trouble = ""
             except AttributeError as error:
-                logger.warning(
-                    "%s: this Ray does not tell which nodes drain: no save ahead of it (%s)", self._url, error
-                )
+                logger.warning("%s: no save ahead of a drain, which this Ray does not tell of: %s", self._url, error)
                 return
             except Exception as error:
-                logger.warning("%s: whether nodes are being drained is not known: %r", self._url, error)
-                continue
-            if self._logic.on_leaving(leaving, self._clock.now()):
-                self._publish()
+                level = logging.DEBUG if trouble == repr(error) else logging.WARNING
+                trouble = repr(error)
+                logger.log(level, "%s: whether nodes are being drained is not known: %s", self._url, trouble)
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -6,14 +6,16 @@ import time
 
 import ray
 
+from ray_ckpt.protocol.messages import Leaving
+
 SLICE_LABEL = "ray.io/tpu-slice-name"
 """The hosts of a TPU slice are taken away together (Ray sets this label from the TPU's environment)."""
 
 
-def leaving_nodes() -> dict[str, str]:
-    """What people should read of each node that is being drained, or shares a TPU slice with one; by node id.
+def leaving_nodes() -> dict[str, Leaving]:
+    """The nodes that are being drained, and those that share a TPU slice with one; by node id.
 
-    The texts stay the same from call to call.
+    Equal from call to call.
 
     Raises:
         AttributeError: this Ray is too old to tell.
@@ -23,12 +25,12 @@ def leaving_nodes() -> dict[str, str]:
     draining: dict[str, int] = ray._private.state.state.get_draining_nodes()
     if not draining:
         return {}
-    found = {node: f"is being drained by Ray{_until(deadline_ms)}" for node, deadline_ms in draining.items()}
+    found = {node: Leaving(f"is being drained by Ray{_until(until_ms)}") for node, until_ms in draining.items()}
     slices = {node["NodeID"]: (node.get("Labels") or {}).get(SLICE_LABEL) for node in ray.nodes()}
     going = {slices[node] for node in draining if slices.get(node)}
     for node, name in slices.items():
         if name in going and node not in found:
-            found[node] = f"lies in TPU slice {name}, of which a host is being drained by Ray"
+            found[node] = Leaving(f"lies in TPU slice {name}, of which a host is being drained by Ray", drained=False)
     return found
 
 

@@ -15,7 +15,7 @@ from ray_ckpt.protocol.flows import Flows, Io
 from ray_ckpt.protocol.generation import Generations
 from ray_ckpt.protocol.keeper import Keeper
 from ray_ckpt.protocol.ledger import Ledger
-from ray_ckpt.protocol.messages import HostReport, HostView, RunStatus, SaveStatus
+from ray_ckpt.protocol.messages import HostReport, HostView, Leaving, RunStatus, SaveStatus
 from ray_ckpt.protocol.pace import is_host_news
 from ray_ckpt.protocol.planner import Planner, replica_mismatch
 from ray_ckpt.protocol.roster import Roster
@@ -47,7 +47,8 @@ class CoordinatorLogic:
         self.failures_in_a_row = 0
         self.last_error = ""
         self.derivations = 0
-        self._leaving: Mapping[str, str] = {}
+        self._leaving: Mapping[str, Leaving] = {}
+        self._left_before: frozenset[str] = frozenset()
         self._generation_seen: int | None = None
         self._looked_for_gone = 0.0
         self._forgotten: list[str] = []
@@ -116,8 +117,8 @@ class CoordinatorLogic:
         self.cut.want_stop(reason)
         self.derive(now)
 
-    def on_leaving(self, hosts: Mapping[str, str], now: float) -> bool:
-        """The hosts that are about to go, each with what people should read of it; replaces what was known before.
+    def on_leaving(self, hosts: Mapping[str, Leaving], now: float) -> bool:
+        """The hosts that are about to go; replaces what was known before.
 
         Whether something has changed.
         """
@@ -166,11 +167,13 @@ class CoordinatorLogic:
         if not self._leaving:
             return
         for rank, worker in sorted(self.generations.members.items()):
-            text = self._leaving.get(self.roster.worker_hosts.get(worker, ""))
-            report = self.roster.worker(worker)
-            if text is not None and report is not None and not report.finished:
-                self.cut.want_stop(f"the host of rank {rank}, {self.roster.host_name(worker)}, {text}", preempted=True)
-                return
+            host = self.roster.worker_hosts.get(worker, "")
+            leaving, report = self._leaving.get(host), self.roster.worker(worker)
+            if leaving is None or report is None or report.finished or host in self._left_before:
+                continue
+            text = f"the host of rank {rank}, {self.roster.host_name(worker)}, {leaving.text}"
+            self.cut.want_stop(text, preempted=True)
+            return
 
     def _forget_gone(self) -> None:
         """A run outlives many hosts, and how often each of the others may speak depends on their number."""
@@ -188,6 +191,8 @@ class CoordinatorLogic:
 
     def _begin(self, generation: int) -> None:
         self._generation_seen = generation
+        # This start was placed there all the same, and so would be the next: it would be stopped for ever.
+        self._left_before = frozenset(host for host, leaving in self._leaving.items() if not leaving.drained)
         self.planner.reset()
         self.cut.reset()
         self.failures_in_a_row = 0
@@ -265,7 +270,7 @@ class CoordinatorLogic:
             failures_in_a_row=self.failures_in_a_row,
             last_error=self.last_error,
             waiting=self.generations.waiting_for(forming) if forming else self.ledger.trouble,
-            notes=tuple(f"{self.roster.name(host)} {text}" for host, text in sorted(self._leaving.items())),
+            notes=tuple(f"{self.roster.name(host)} {found.text}" for host, found in sorted(self._leaving.items())),
         )
 
     @property

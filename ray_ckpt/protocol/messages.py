@@ -102,6 +102,17 @@ class StopWish:
 
 
 @dataclass(frozen=True, slots=True)
+class Leaving:
+    """A host is about to go; ``text`` is what people should read. ``drained``: it takes no new work any more.
+
+    Where it is not, it shares the fate of a host that is: both are of one TPU slice.
+    """
+
+    text: str
+    drained: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerReport:
     """The whole state of one training process, as far as others need it.
 

@@ -220,7 +220,11 @@ class WorkerLogic:
 
     def request_stop(self, reason: str, *, preempted: bool = False) -> None:
         """Ask that all workers stop at one agreed step; ``preempted``: since this process is about to be ended."""
-        self._stop_request = StopWish(reason, preempted)
+        known = self._stop_request
+        if known is None or reason == known.reason:
+            self._stop_request = StopWish(reason, preempted)
+        else:
+            self._stop_request = StopWish(f"{known.reason}; {reason}", known.preempted or preempted)
 
     def finish(self) -> None:
         """No step will follow; open proposals beyond the last step are refused."""

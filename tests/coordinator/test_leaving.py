@@ -9,6 +9,7 @@ import pytest
 import ray
 
 from ray_ckpt.coordinator.leaving import SLICE_LABEL, leaving_nodes
+from ray_ckpt.protocol.messages import Leaving
 
 NODES = [
     {"NodeID": "a0", "Labels": {SLICE_LABEL: "slice-a"}},
@@ -39,8 +40,8 @@ def test_no_node_goes(drains: dict[str, int]) -> None:
 def test_the_hosts_of_a_slice_go_together(drains: dict[str, int]) -> None:
     drains["a1"] = 0
     assert leaving_nodes() == {
-        "a0": "lies in TPU slice slice-a, of which a host is being drained by Ray",
-        "a1": "is being drained by Ray",
+        "a0": Leaving("lies in TPU slice slice-a, of which a host is being drained by Ray", drained=False),
+        "a1": Leaving("is being drained by Ray"),
     }
 
 
@@ -49,4 +50,4 @@ def test_hosts_without_a_slice_go_alone(drains: dict[str, int], node: str) -> No
     deadline = time.time() + 25
     drains[node] = int(deadline * 1000)
     at = time.strftime("%H:%M:%S", time.localtime(int(deadline * 1000) / 1000))
-    assert leaving_nodes() == {node: f"is being drained by Ray and ends at {at}"}
+    assert leaving_nodes() == {node: Leaving(f"is being drained by Ray and ends at {at}")}

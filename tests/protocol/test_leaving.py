@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from ray_ckpt.protocol.messages import Leaving
 from tests.protocol.harness import Job, beat
 from tests.protocol.loop import TWO, Loop
 
 DRAIN = "is being drained by Ray"
+DRAINED = Leaving(DRAIN)
+MATE = Leaving("lies in a slice that goes", drained=False)
 
 
 def begun(loop: Loop) -> Loop:
@@ -19,7 +22,7 @@ def begun(loop: Loop) -> Loop:
 def told(loop: Loop) -> bool:
     """The coordinator hears that the second host goes."""
     host = loop.job.hosts[1].logic.host
-    return loop.world.coordinator.on_leaving({host: DRAIN}, loop.world.now)
+    return loop.world.coordinator.on_leaving({host: DRAINED}, loop.world.now)
 
 
 def test_all_save_one_step_and_stop_at_it() -> None:
@@ -38,7 +41,7 @@ def test_all_save_one_step_and_stop_at_it() -> None:
 
 def test_a_host_without_ranks_of_the_job_may_go() -> None:
     loop = begun(Loop(told=None))
-    loop.world.coordinator.on_leaving({"another host": DRAIN}, loop.world.now)
+    loop.world.coordinator.on_leaving({"another host": DRAINED}, loop.world.now)
     loop.until(lambda: loop.steps[0] > 20, lambda _: 1)
     assert not loop.stops
     assert loop.world.coordinator.status().notes == (f"another host {DRAIN}",)
@@ -81,6 +84,31 @@ def test_the_next_start_elsewhere_is_not_stopped() -> None:
     cut = loop.world.coordinator.cut
     assert cut.stop is None
     assert not any(p.kind == "stop" for p in cut.proposals.values())
+
+
+def test_a_host_whose_slice_goes_stops_one_start_and_not_the_next() -> None:
+    loop = begun(Loop(told=None))
+    loop.world.coordinator.on_leaving({"a-host0": MATE, "b-host0": MATE}, loop.world.now)
+    loop.until(lambda: len(loop.stops) == 2 and bool(loop.world.committed), lambda _: 1)
+    for worker in loop.job.workers:
+        worker.finish()
+    beat(loop.world, loop.job.hosts, 2)
+    loop.job = Job(loop.world, TWO, "b").start()
+    last = loop.steps[0]
+    loop.until(lambda: loop.steps[0] > last + 20, lambda _: 1)
+    assert loop.world.coordinator.cut.stop is None
+    loop.world.coordinator.on_leaving({"b-host0": MATE, "b-host1": DRAINED}, loop.world.now)
+    loop.stops.clear()
+    loop.until(lambda: len(loop.stops) == 2, lambda _: 1)
+
+
+def test_reasons_of_a_worker_add_up() -> None:
+    worker = begun(Loop(told=None)).job.workers[0]
+    worker.request_stop("SIGTERM", preempted=True)
+    worker.request_stop("enough")
+    wish = worker.report().stop_request
+    assert wish is not None
+    assert (wish.reason, wish.preempted) == ("SIGTERM; enough", True)
 
 
 @pytest.mark.parametrize("preempted", [True, False])
