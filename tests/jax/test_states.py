@@ -175,6 +175,11 @@ def test_the_state_of_an_nnx_module_goes_back_into_the_module() -> None:
     other = nnx.eval_shape(lambda: nnx.Linear(4, 4, rngs=nnx.Rngs(2)))
     nnx.update(other, restore(stored, {"net": nnx.state(other), "n": 0})["net"])
     assert np.array_equal(other(jnp.ones((1, 4))), net(jnp.ones((1, 4))))
+    # The module itself is a state too; a new one comes back.
+    like = nnx.Linear(4, 4, rngs=nnx.Rngs(2))
+    got = restore(save([net]), like)
+    assert (type(got), got is like) == (nnx.Linear, False)
+    assert np.array_equal(got(jnp.ones((1, 4))), net(jnp.ones((1, 4))))
 
 
 def test_a_whole_equinox_module_holds_functions_which_are_no_leaves() -> None:
