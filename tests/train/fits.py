@@ -36,7 +36,7 @@ class Run:
     def fit(
         self,
         loop: Callable[[dict[str, Any]], None],
-        workers: int = 2,
+        workers: int | tuple[int, int] = 2,
         *,
         trainer: type[DataParallelTrainer] = DataParallelTrainer,
         failures: FailureConfig | None = None,
@@ -51,7 +51,9 @@ class Run:
         return trainer(
             loop,
             train_loop_config={"notes": str(self.notes), **config},
-            scaling_config=ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 1}, **(scaling or {})),
+            scaling_config=ScalingConfig(
+                num_workers=workers, **{"resources_per_worker": {"CPU": 1}, **(scaling or {})}
+            ),
             run_config=RunConfig(
                 name=self.name,
                 failure_config=failures or FailureConfig(),

@@ -16,6 +16,7 @@ import ray_ckpt
 from ray_ckpt.coordinator import find
 from ray_ckpt.train import hand_over
 from tests.system.states import mixed, plain, zeros_like
+from tests.system.waiting import pause
 
 Config = dict[str, Any]
 
@@ -127,3 +128,18 @@ def disagreeing(config: Config) -> None:
     """`train` with a cadence of each rank's own."""
     rank = ray.train.get_context().get_world_rank()
     train({**config, "settings": {"save_steps": rank + 1}})
+
+
+def until_start(config: Config) -> None:
+    """Train without an end, saving every other step; start number ``config["last"]`` does four steps."""
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    with ray_ckpt.Checkpointer(save_steps=2, max_to_keep=None) as ckpt:
+        state = ckpt.restore(zeros_like(mixed(rank, world, 0)))
+        step = restored = ckpt.restored_step or 0
+        note(config, ckpt, good=same(state, mixed(rank, world, restored)) if restored else None)
+        while ckpt.generation < config["last"] or step < restored + 4:
+            step += 1
+            ckpt.step(step, mixed(rank, world, step))
+            pause(0.2)
+        ckpt.report({"step": step})
