@@ -415,7 +415,7 @@ class Checkpointer:
 
     @property
     def stall_s(self) -> float:
-        """Seconds that the training thread has spent in snapshots, waiting included."""
+        """Seconds that the training thread has spent in snapshots, waits included: for steps queued on a device too."""
         return self._saver.stall_s
 
     # -- the end --------------------------------------------------------------------------------------------

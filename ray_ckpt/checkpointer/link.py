@@ -51,6 +51,7 @@ class Link:
         self.on_view: Callable[[], None] = lambda: None
         self._home = home
         self._told: set[int] = set()
+        self.taken: dict[int, float] = {}
         self.courier = Courier(self.logic, self.condition, self._find, self._viewed, self._broken)
 
     def open(self) -> None:
@@ -78,13 +79,19 @@ class Link:
         with self.condition:
             fresh = [o for step, o in sorted(logic.outcomes.items()) if step not in self._told]
             self._told = set(logic.outcomes)
+            taken = {step: self.taken.pop(step) for step in logic.outcomes if step in self.taken}
         for outcome in fresh:
             if outcome.quiet:
                 logger.debug("step %d: %s", outcome.step, outcome.error)
             elif outcome.state == "failed":
                 logger.warning("step %d was not saved: %s; training goes on", outcome.step, outcome.error)
             elif self.rank == 0:
-                logger.info("step %d is committed as %s/%s", outcome.step, self.url, outcome.prefix)
+                after = (
+                    f", {time.monotonic() - taken[outcome.step]:.1f} s after the snapshot"
+                    if outcome.step in taken
+                    else ""
+                )
+                logger.info("step %d is committed as %s/%s%s", outcome.step, self.url, outcome.prefix, after)
         self.on_view()
 
     def _broken(self, error: Exception) -> None:

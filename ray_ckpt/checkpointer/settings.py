@@ -173,6 +173,13 @@ def _from_jax() -> tuple[int, int] | None:
 
 
 def ensure_ray() -> None:
-    """Connect to the Ray that started this process, or start a local one, never joining somebody else's."""
-    if not ray.is_initialized():
+    """Connect to the Ray that started this process (a submitted job finds it in RAY_ADDRESS), or start a local one.
+
+    Without that variable never to one that happens to run on this machine: it may be somebody else's.
+    """
+    if ray.is_initialized():
+        return
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=True)
+    else:
         ray.init(address="local", include_dashboard=False, log_to_driver=True)

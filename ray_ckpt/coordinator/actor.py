@@ -233,5 +233,8 @@ class Coordinator:
 
 
 def remote_coordinator(**options: Any) -> Any:
-    """The actor class with these Ray options. Its own CPU share is zero: it mostly waits."""
-    return ray.remote(Coordinator).options(num_cpus=0, max_restarts=-1, max_task_retries=0, **options)
+    """The actor class with these Ray options. Its own CPU share is zero: it mostly waits.
+
+    A byte of memory is asked for since Ray heeds a soft affinity only for actors that ask for something.
+    """
+    return ray.remote(Coordinator).options(num_cpus=0, memory=1, max_restarts=-1, max_task_retries=0, **options)

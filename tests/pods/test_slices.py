@@ -92,7 +92,6 @@ def test_one_slice(ray_cluster: Cluster, notes: Path) -> None:
         assert ray_ckpt.from_train(result.checkpoint).step == SAVE_STEPS + 3
 
 
-@pytest.mark.xfail(reason="Ray heeds soft affinity only for actors that ask for a resource")
 def test_the_coordinator_is_on_the_head(ray_cluster: Cluster, tmp_path: Path) -> None:
     """Whoever starts it: with a slice it would be lost."""
     url = str(tmp_path)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from ray.core.generated import autoscaler_pb2
 
 import ray_ckpt
 from ray_ckpt.agent.notices import HOST_VARIABLE
-from ray_ckpt.checkpointer.sigterm import on_sigterm
+from ray_ckpt.checkpointer import sigterm
 from ray_ckpt.coordinator import run_id
 from tests.agent.metadata_server import MetadataServer, running
 from tests.cluster import ROOT, RUNS
@@ -182,43 +184,96 @@ def terminated() -> Iterator[list[str]]:
     signal.signal(signal.SIGTERM, former)
 
 
-def asked(act: Callable[[], None]) -> Callable[[], None]:
+class Listener:
+    """Notes that it was told."""
+
+    def __init__(self) -> None:
+        self.told = threading.Event()
+
+    def on_sigterm(self) -> None:
+        self.told.set()
+
+
+@pytest.fixture
+def listener(terminated: list[str]) -> Iterator[Listener]:
+    """One that listens."""
+    found = Listener()
+    sigterm.listen(found)
+    yield found
+    sigterm.unlisten(found)
+
+
+def terminate() -> None:
     """Send this process SIGTERM, and let Python handle it."""
-    undo = on_sigterm(act)
     os.kill(os.getpid(), signal.SIGTERM)
-    return undo
 
 
-def test_a_second_sigterm_does_what_it_did_before(terminated: list[str]) -> None:
-    told = threading.Event()
-    asked(told.set)
-    assert told.wait(10.0)
+def test_a_second_sigterm_does_what_it_did_before(listener: Listener, terminated: list[str]) -> None:
+    terminate()
+    assert listener.told.wait(10.0)
     assert not terminated
-    os.kill(os.getpid(), signal.SIGTERM)
+    terminate()
     assert terminated == ["ended"]
 
 
-def test_after_the_end_sigterm_does_what_it_did_before(terminated: list[str]) -> None:
-    told = threading.Event()
-    on_sigterm(told.set)()
-    os.kill(os.getpid(), signal.SIGTERM)
+def test_all_that_listen_are_told(listener: Listener, terminated: list[str]) -> None:
+    second, third = Listener(), Listener()
+    sigterm.listen(second)
+    sigterm.listen(third)
+    sigterm.unlisten(listener)
+    del third
+    terminate()
+    assert second.told.wait(10.0)
+    assert not listener.told.is_set()
+    assert not terminated
+
+
+def test_with_nobody_left_sigterm_does_what_it_did_before(listener: Listener, terminated: list[str]) -> None:
+    sigterm.unlisten(listener)
+    terminate()
     assert terminated == ["ended"]
-    assert not told.is_set()
+    assert not listener.told.is_set()
+
+
+def test_one_that_was_never_closed_does_not_keep_the_process(terminated: list[str]) -> None:
+    sigterm.listen(Listener())
+    gc.collect()
+    terminate()
+    assert terminated == ["ended"]
+
+
+def test_a_forked_process_ends(listener: Listener) -> None:
+    # As multiprocessing ends its workers.
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        child = pool.apply(os.getpid)
+        assert pool.apply(signal.getsignal, (signal.SIGTERM,)) is sigterm._handle
+    assert not psutil.pid_exists(child)
+    assert not listener.told.is_set()
 
 
 def test_a_handler_of_the_program_stays(terminated: list[str]) -> None:
     own: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: own.append(number))
-    told = threading.Event()
-    asked(told.set)()
+    found = Listener()
+    sigterm.listen(found)
+    terminate()
     assert own == [signal.SIGTERM]
-    assert not told.is_set()
+    assert not found.told.is_set()
 
 
 def test_another_thread_sets_no_handler(terminated: list[str]) -> None:
-    told = threading.Event()
-    thread = threading.Thread(target=on_sigterm, args=(told.set,))
+    found = Listener()
+    thread = threading.Thread(target=sigterm.listen, args=(found,))
     thread.start()
     thread.join()
-    os.kill(os.getpid(), signal.SIGTERM)
+    terminate()
+    assert terminated == ["ended"]
+
+
+def test_jax_keeps_its_own_handler(terminated: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    jax = pytest.importorskip("jax")
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    found = Listener()
+    sigterm.listen(found)
+    terminate()
     assert terminated == ["ended"]

@@ -84,7 +84,8 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]
         self.filepath = self.directory_url
         self._keeps_best = keep_best and not save_best_only
         self._max_to_keep = max_to_keep
-        self._settings = settings
+        # `BackupAndRestore` ends the training on SIGTERM; without it the process ends as it would without this.
+        self._settings = {"handle_sigterm": False, **settings}
         self._threshold = initial_value_threshold
         self._ckpt: Run | None = None
         self._best_ckpt: Run | None = None

@@ -268,7 +268,9 @@ class CheckpointManager:
         """A new job, which becomes this manager's once all workers have come together in it, and else is left."""
         since = None if not self._hours else self._kept_since()
         with ExitStack() as undo:
-            job = undo.enter_context(Checkpointer(self._directory, **self._options, keep_hours_from=since))
+            # It has no loop that could stop, so SIGTERM ends the process as it would without this.
+            options = {"handle_sigterm": False, **self._options}
+            job = undo.enter_context(Checkpointer(self._directory, **options, keep_hours_from=since))
             yield job
             self._taken_numbers = self._numbers_in_use(job)
             undo.pop_all()
