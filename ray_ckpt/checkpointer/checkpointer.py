@@ -389,7 +389,8 @@ class Checkpointer:
         """Instead of `ray.train.report(metrics)`, on every rank and as often: attaches the newest committed checkpoint.
 
         What Ray Train gets is a pointer, see `ray_ckpt.from_train`; no save waits for this call, nor this call for a
-        save. `close` reports the last metrics once more, so that the last commit is attached as well.
+        save. `close` reports the last metrics once more, so that the last commit is attached as well; so all ranks must
+        report by this, or none.
 
         Raises:
             UsageError: not in a worker of Ray Train.

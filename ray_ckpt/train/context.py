@@ -35,6 +35,11 @@ def is_v2(context: object) -> bool:
     return type(context).__module__.startswith("ray.train.v2.")
 
 
+def is_local(context: object) -> bool:
+    """Whether it is Ray Train's local mode (``num_workers=0``): the training function runs in the driver itself."""
+    return type(context).__name__ == "LocalTrainContext"
+
+
 def _is_v1_outside() -> bool:
     """V1 gives a context to every process, which calls itself rank 0 of 1 where it knows nothing."""
     from ray.train._internal.session import get_session

@@ -7,7 +7,7 @@ from typing import Any
 from ray.exceptions import RayActorError
 
 from ray_ckpt.errors import PreemptedError
-from ray_ckpt.train.context import find_context
+from ray_ckpt.train.context import find_context, is_local, is_v2
 
 
 class _PreemptedInRayTrain(PreemptedError, RayActorError):  # type: ignore[misc]
@@ -28,6 +28,7 @@ class _PreemptedInRayTrain(PreemptedError, RayActorError):  # type: ignore[misc]
 def hand_over(url: str, step: int | None, reason: str) -> None:
     """In a worker of Ray Train raise `PreemptedError`, so that it starts the run again elsewhere; else do nothing.
 
+    Nothing either in its local mode and in V1, which start nothing again for a preemption.
     To be called on every rank when all is committed and reported: a training function that returned would have
     succeeded, as Ray Train sees it. ``step`` is the last one that was committed, ``reason`` why the host goes.
 
@@ -35,7 +36,8 @@ def hand_over(url: str, step: int | None, reason: str) -> None:
         PreemptedError: Ray Train restarts the workers on hosts that stay, and takes it from
             ``FailureConfig.max_preemption_failures`` (unlimited by default).
     """
-    if find_context() is None:
+    context = find_context()
+    if context is None or not is_v2(context) or is_local(context):
         return
     kept = "nothing was committed" if step is None else f"step {step} is committed"
     raise _PreemptedInRayTrain(f"{url}: {reason}; {kept}, and Ray Train starts the run again from it")

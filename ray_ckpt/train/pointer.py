@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ray_ckpt import catalog
-from ray_ckpt.errors import DamagedError, NoCheckpointError, UsageError
+from ray_ckpt.errors import DamagedError, NoCheckpointError, StorageError, UsageError
 from ray_ckpt.storage import locate
 from ray_ckpt.train.place import place_of
 
@@ -84,7 +84,7 @@ def from_train(checkpoint: Any) -> Pointer:
     Raises:
         UsageError: None, or not a checkpoint of Ray Train.
         NoCheckpointError: somebody else's checkpoint, or a pointer that has been deleted; says what is there.
-        DamagedError: the pointer cannot be read.
+        DamagedError, StorageError: the pointer cannot be read.
     """
     if checkpoint is None:
         raise UsageError(
@@ -101,6 +101,8 @@ def from_train(checkpoint: Any) -> Pointer:
         raise NoCheckpointError(
             f"{folder} is no checkpoint of ckpt.report(), which would hold {FILE}: {_what_is_there(filesystem, folder)}"
         ) from None
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {error}") from error
     return _decoded(raw, path, filesystem)
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import tempfile
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
 from ray_ckpt.errors import RayCkptError, UsageError
-from ray_ckpt.train.context import check_v2, find_context
+from ray_ckpt.train.context import check_v2, find_context, is_local
 from ray_ckpt.train.pointer import Pointer, from_train, write
 
 logger = logging.getLogger(__name__)
@@ -20,6 +21,8 @@ class Reporter:
     def __init__(self) -> None:
         self._last: dict[str, Any] | None = None
         self._attached: Pointer | None = None
+        # Ray Train counts directories by name, and deletes them by it: those of another run, or of an emptied one, too.
+        self._unique = uuid.uuid4().hex[:6]
 
     @property
     def used(self) -> bool:
@@ -43,13 +46,14 @@ class Reporter:
         check_v2(context, "ckpt.report()")
         if not isinstance(metrics, Mapping):
             raise UsageError(f"ckpt.report() takes a dict of metrics by name, found {metrics!r}")
-        if not self.used:
+        attaches = context.get_world_rank() == 0
+        if attaches and not self.used:
             self._attached = _registered()
-        if newest is None or newest == self._attached or context.get_world_rank() != 0:
-            _report(dict(metrics))
-        else:
-            _attach(dict(metrics), newest, start, keep=_is_local(context))
+        if attaches and newest is not None and newest != self._attached:
+            self._attach(dict(metrics), newest, start, keep=is_local(context))
             self._attached = newest
+        else:
+            _report(dict(metrics))
         self._last = dict(metrics)
 
     def finish(self, newest: Pointer | None, start: int | None) -> None:
@@ -57,32 +61,26 @@ class Reporter:
         if self._last is not None:
             self.report(self._last, newest, start)
 
+    def _attach(self, metrics: dict[str, Any], pointer: Pointer, start: int | None, keep: bool) -> None:
+        """``keep``: the local mode stores nothing, so the directory itself becomes ``result.checkpoint``."""
+        import ray.train
+
+        name = f"checkpoint_{pointer.step:012d}_{pointer.generation}_{start or 0}_{self._unique}"
+        if keep:
+            folder = tempfile.mkdtemp(prefix=f"{name}_")
+            write(pointer, folder)
+            _report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+            return
+        with tempfile.TemporaryDirectory(prefix=f"{name}_") as folder:
+            write(pointer, folder)
+            _report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder), checkpoint_dir_name=name)
+        logger.info("Ray Train's checkpoint %s points to step %d in %s", name, pointer.step, pointer.url)
+
 
 def _report(metrics: dict[str, Any], **more: Any) -> None:
     import ray.train
 
     ray.train.report(metrics, **more)
-
-
-def _attach(metrics: dict[str, Any], pointer: Pointer, start: int | None, keep: bool) -> None:
-    """One name for each pointer and start: Ray Train counts directories by name, and deletes them by it."""
-    import ray.train
-
-    name = f"checkpoint_{pointer.step:012d}_{pointer.generation}_{start or 0}"
-    if keep:
-        folder = tempfile.mkdtemp(prefix=f"{name}_")
-        write(pointer, folder)
-        _report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
-        return
-    with tempfile.TemporaryDirectory(prefix=f"{name}_") as folder:
-        write(pointer, folder)
-        _report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder), checkpoint_dir_name=name)
-    logger.info("Ray Train's checkpoint %s points to step %d in %s", name, pointer.step, pointer.url)
-
-
-def _is_local(context: object) -> bool:
-    """Ray Train without workers (num_workers=0) stores nothing: the directory itself becomes ``result.checkpoint``."""
-    return type(context).__name__ == "LocalTrainContext"
 
 
 def _registered() -> Pointer | None:

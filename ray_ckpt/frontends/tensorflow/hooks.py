@@ -266,14 +266,19 @@ class CheckpointSaverHook(tf.compat.v1.train.CheckpointSaverHook):  # type: igno
                 raise failures[0]
             for listener in self._listeners:
                 listener.end(session, last_step)
-            saves.close()
-            if self._files is not None:
-                try:
-                    self._files.name_newest()
-                except RayCkptError as error:
-                    _complain(error, self._options["on_error"] == "raise")
+            try:
+                saves.close()
+            finally:  # a run that was preempted is over with an error, too
+                self._name_newest()
         finally:
             self._let_go(saves)
+
+    def _name_newest(self) -> None:
+        try:
+            if self._files is not None:
+                self._files.name_newest()
+        except RayCkptError as error:
+            _complain(error, self._options["on_error"] == "raise")
 
     def _finish(self, session: Any, failures: list[Exception]) -> None:
         """Wait for the saves under way and tell of each one, whatever fails."""

@@ -308,8 +308,11 @@ class CheckpointManager:
         """
         if self._job is not None:
             try:
-                self._job.close()
-                self._publish(self._job)
+                try:
+                    self._job.close()
+                finally:
+                    # A run that was preempted is over with an error, too.
+                    self._publish(self._job)
             finally:
                 self._forget()
 
