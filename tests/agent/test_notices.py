@@ -42,8 +42,8 @@ def test_a_machine_that_stays(server: MetadataServer) -> None:
         "{}",
         "NONE",
         '{"error": "no notifications have been received yet, try again later"}',
-        maintenance(-9000.0, maintenance_status="COMPLETE"),
-        maintenance(-9000.0, window_end_time="2026-01-01T00:00:00Z"),
+        pytest.param(maintenance(-9000.0, maintenance_status="COMPLETE"), id="complete"),
+        pytest.param(maintenance(-9000.0, window_end_time="2026-01-01T00:00:00Z"), id="over"),
     ],
 )
 def test_no_maintenance_is_said_in_many_ways(server: MetadataServer, value: str) -> None:
@@ -77,9 +77,11 @@ def test_no_proxy_is_asked(server: MetadataServer, monkeypatch: pytest.MonkeyPat
     [
         ("preempted", "TRUE", "preempts this machine", 30, 30),
         ("maintenance-event", "TERMINATE_ON_HOST_MAINTENANCE", "ends this machine", 60, 60),
-        (UPCOMING, maintenance(100.0), "begins at", 60, 100),
-        (UPCOMING, maintenance(-5.0), "begins at", 60, 60),
-        (UPCOMING, maintenance(9999.0, maintenance_status="ONGOING"), "has begun", 60, 60),
+        pytest.param(UPCOMING, maintenance(100.0), "begins at", 60, 100, id="maintenance soon"),
+        pytest.param(UPCOMING, maintenance(-5.0), "begins at", 60, 60, id="maintenance now"),
+        pytest.param(
+            UPCOMING, maintenance(9999.0, maintenance_status="ONGOING"), "has begun", 60, 60, id="maintenance begun"
+        ),
         (UPCOMING, json.dumps({"maintenanceStatus": "ONGOING"}), "has begun", 60, 60),
         (UPCOMING, json.dumps({"Upcoming maintenance": {"maintenanceStatus": "ONGOING"}}), "has begun", 60, 60),
     ],
