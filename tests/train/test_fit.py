@@ -54,7 +54,7 @@ def test_a_restored_checkpoint_that_ray_never_heard_of_is_attached_by_the_next_r
     result = run.fit(loops.train, steps=6, report_at=[2, 5, 6], wait_at=[2, 4], die_at={0: 4}, **kind)
 
     # The directory of step 4 that the second start attached is named after the start that committed it, and after it.
-    assert [name.split("_")[1:] for name in run.pointers()] == [
+    assert [name.split("_")[1:4] for name in run.pointers()] == [
         ["000000000002", "1", "1"],
         ["000000000004", "1", "2"],
         ["000000000006", "2", "2"],
@@ -73,7 +73,7 @@ def test_fits_of_the_same_name_go_on_with_fewer_and_more_workers(run: Run) -> No
         ] * workers
         assert ray_ckpt.from_train(result.checkpoint).step == steps
     # Each start's report comes before its only commit: what it restored is attached already, and not attached again.
-    assert [name.split("_")[1:] for name in run.pointers()] == [
+    assert [name.split("_")[1:4] for name in run.pointers()] == [
         [f"{step:012d}", str(start), str(start)] for start, step in enumerate([3, 5, 6, 7], start=1)
     ]
 
