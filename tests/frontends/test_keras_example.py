@@ -44,6 +44,7 @@ def history(lines: list[str]) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_the_second_run_goes_on(tmp_path: Path) -> None:
     first = said(start(tmp_path, epochs=1, save_freq=4, samples=640))
     assert first[0] == "epoch 0, 0 batches"

@@ -104,6 +104,7 @@ def test_batches_count_over_epochs(tmp_path: Path) -> None:
     retention_leaves(tmp_path / "best", [best(tmp_path)["best_step"]])
 
 
+@pytest.mark.slow
 def test_with_a_backup_batches_count_over_restarts(tmp_path: Path) -> None:
     def callbacks() -> list[Any]:
         # The order of the two does not matter.
@@ -117,6 +118,7 @@ def test_with_a_backup_batches_count_over_restarts(tmp_path: Path) -> None:
     assert not (tmp_path / "models" / "best").exists()
 
 
+@pytest.mark.slow
 def test_the_best_that_was_never_committed_is_not_the_best(tmp_path: Path) -> None:
     model = fit([Scores([0.3, 0.2, 0.4]), checkpoint(tmp_path / "run")])
     # What a job leaves that is killed between the two commits.
@@ -131,6 +133,7 @@ def test_the_best_that_was_never_committed_is_not_the_best(tmp_path: Path) -> No
     assert (callback.best, callback.best_step) == (0.2, 2 * BATCHES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save_best_only", [False, True])
 def test_nan_is_not_the_best_for_ever(tmp_path: Path, save_best_only: bool) -> None:
     model = fit([Scores([math.nan]), checkpoint(tmp_path, save_best_only=save_best_only)], epochs=1)
@@ -140,6 +143,7 @@ def test_nan_is_not_the_best_for_ever(tmp_path: Path, save_best_only: bool) -> N
     assert steps(Path(callback.best_url))[-1] == callback.best_step
 
 
+@pytest.mark.slow
 def test_jax_saves_within_an_epoch(tmp_path: Path) -> None:
     pytest.importorskip("jax")
     run_dir(tmp_path / "best")

@@ -265,6 +265,7 @@ def test_an_empty_saver(tmp_path: Path) -> None:
         assert ray_ckpt.restore_session(session, tmp_path, tf1.train.Saver(allow_empty=True)) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("ray")
 @pytest.mark.usefixtures("ray_cluster")
 def test_from_a_store_that_tensorflow_cannot_open(graph: Any) -> None:

@@ -115,5 +115,7 @@ def open_things(worker: object) -> tuple[list[str], int]:
 
 
 def test_ray_forgets_nothing_else(ray_cluster: object) -> None:
-    assert {a["namespace"] for a in list_named_actors(True)} <= {NAMESPACE}
+    # Ray's own libraries have named actors, too.
+    ours = [a for a in list_named_actors(True) if a["name"].startswith(("coordinator:", "agent:"))]
+    assert {a["namespace"] for a in ours} <= {NAMESPACE}
     assert get(ray.put(states.SHAPE)) == states.SHAPE
