@@ -73,7 +73,7 @@ class FencedError(RayCkptError):
 
 
 class PreemptedError(RayCkptError):
-    """A host of the job goes away: all workers have stopped at one step, which is committed, to be started again."""
+    """A host of the job goes away: all workers have saved and stopped at one step, to be started again elsewhere."""
 
 
 class UnavailableError(RayCkptError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from dataclasses import dataclass
 from datetime import datetime
@@ -111,7 +112,9 @@ def _until(text: str) -> float:
     """Seconds from now; a time that is not given never comes. Raises `ValueError`."""
     if not text:
         return float("inf")
-    return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp() - time.time()
+    # Python 3.10 reads no fraction but of 3 or 6 digits, and no "Z".
+    plain = re.sub(r"\.\d+", "", text).replace("Z", "+00:00")
+    return datetime.fromisoformat(plain).timestamp() - time.time()
 
 
 def _get(key: str) -> str:

@@ -48,7 +48,7 @@ class CoordinatorLogic:
         self.last_error = ""
         self.derivations = 0
         self._leaving: Mapping[str, Leaving] = {}
-        self._left_before: frozenset[str] = frozenset()
+        self._heeded: set[tuple[str, bool]] = set()
         self._generation_seen: int | None = None
         self._looked_for_gone = 0.0
         self._forgotten: list[str] = []
@@ -163,14 +163,15 @@ class CoordinatorLogic:
         self.views.refresh()
 
     def _stop_if_leaving(self) -> None:
-        """One host that goes ends the present start of the job: all save while all are there."""
+        """One host that goes ends the present start of the job, once: all save while all are there."""
         if not self._leaving:
             return
         for rank, worker in sorted(self.generations.members.items()):
             host = self.roster.worker_hosts.get(worker, "")
             leaving, report = self._leaving.get(host), self.roster.worker(worker)
-            if leaving is None or report is None or report.finished or host in self._left_before:
+            if leaving is None or report is None or report.finished or (host, leaving.drained) in self._heeded:
                 continue
+            self._heeded.add((host, leaving.drained))
             text = f"the host of rank {rank}, {self.roster.host_name(worker)}, {leaving.text}"
             self.cut.want_stop(text, preempted=True)
             return
@@ -192,7 +193,7 @@ class CoordinatorLogic:
     def _begin(self, generation: int) -> None:
         self._generation_seen = generation
         # This start was placed there all the same, and so would be the next: it would be stopped for ever.
-        self._left_before = frozenset(host for host, leaving in self._leaving.items() if not leaving.drained)
+        self._heeded = {(host, False) for host, leaving in self._leaving.items() if not leaving.drained}
         self.planner.reset()
         self.cut.reset()
         self.failures_in_a_row = 0

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from ray_ckpt.policy import align, crosses, first_crossing
 from ray_ckpt.protocol.ledger import Ledger
-from ray_ckpt.protocol.messages import JobConfig, Proposal, SaveOutcome, WorkerReport
+from ray_ckpt.protocol.messages import JobConfig, Proposal, SaveOutcome, StopWish, WorkerReport
 from ray_ckpt.protocol.pace import WATCHED_S
 from ray_ckpt.protocol.saves import Saves
 
@@ -49,6 +49,8 @@ class Cut:
         self._armed_step = -1
         self._timer: float | None = None
         self._count = 0
+        self._wishes: set[tuple[str, StopWish]] = set()
+        self._ignored: set[str] = set()
         self._since: float | None = None
         self._watching_since: float | None = None
 
@@ -88,6 +90,7 @@ class Cut:
         for proposal in [p for p in self.proposals.values() if p.state == "open"]:
             self._tally(proposal, world_size, reports, gone if proposal.error is not None else frozenset())
         self._drop_jumped(reports, gone)
+        self._end_ignored_stop(world_size, reports)
         self._answer_requests(generation, reports, self._is_over(config, world_size, reports))
         stepping = {rank: r for rank, r in reports.items() if rank not in gone}
         complete = len(reports) == world_size and all(r.started for r in reports.values())
@@ -135,8 +138,9 @@ class Cut:
             for request_id, reason in report.requests:
                 if request_id not in self.request_outcomes:
                     self.requests.setdefault(request_id, reason)
-            if report.stop_request is not None:
-                wish = report.stop_request
+            wish = report.stop_request
+            if wish is not None and (report.worker, wish) not in self._wishes:
+                self._wishes.add((report.worker, wish))
                 self.want_stop(wish.reason, preempted=wish.preempted)
 
     def _adopt(self, reports: Reports) -> None:
@@ -176,6 +180,15 @@ class Cut:
                 # What was to be saved by time is due at once.
                 self._timer = float("-inf")
                 self._drop(proposal)
+
+    def _end_ignored_stop(self, world_size: int, reports: Reports) -> None:
+        """A loop need not stop where it is told to: if all have gone on, saves are made as before."""
+        for proposal in self._stops:
+            gone_on = len(reports) == world_size and all(r.step > proposal.step for r in reports.values())
+            if gone_on and proposal.error is None:
+                self._ignored.add(proposal.id)
+                if self.stop is not None and self.stop.reason == proposal.reason:
+                    self.stop = None
 
     def _drop(self, proposal: Proposal) -> None:
         self.proposals[proposal.id] = replace(proposal, state="dropped")
@@ -253,7 +266,13 @@ class Cut:
 
     @property
     def _stopping(self) -> bool:
-        return any(p.kind == "stop" and p.state == "decided" for p in self.proposals.values())
+        return bool(self._stops)
+
+    @property
+    def _stops(self) -> list[Proposal]:
+        """The stops that all ranks have agreed on."""
+        stops = (p for p in self.proposals.values() if p.kind == "stop" and p.state == "decided")
+        return [p for p in stops if p.id not in self._ignored]
 
     def _wanted_step(self, config: JobConfig, seen: int, origin: int, earliest: int, stride: int) -> int | None:
         """The next step to save at, None while nothing is wanted."""

@@ -34,10 +34,11 @@ def hand_over(url: str, step: int | None, reason: str) -> None:
 
     Raises:
         PreemptedError: Ray Train restarts the workers on hosts that stay, and takes it from
-            ``FailureConfig.max_preemption_failures`` (unlimited by default).
+            ``FailureConfig.max_preemption_failures`` (unlimited by default); a Ray without that setting from
+            ``max_failures``.
     """
     context = find_context()
     if context is None or not is_v2(context) or is_local(context):
         return
-    kept = "nothing was committed" if step is None else f"step {step} is committed"
-    raise _PreemptedInRayTrain(f"{url}: {reason}; {kept}, and Ray Train starts the run again from it")
+    kept = "nothing was committed, so it begins anew" if step is None else f"it goes on from step {step}"
+    raise _PreemptedInRayTrain(f"{url}: {reason}; Ray Train starts the run again, and {kept}")

@@ -97,7 +97,7 @@ def test_a_machine_that_goes(
 
 
 def test_the_window_of_google_s_own_form(server: MetadataServer) -> None:
-    at = datetime.fromtimestamp(time.time() + 50, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    at = datetime.fromtimestamp(time.time() + 50, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.1234567Z")
     server.keys[UPCOMING] = json.dumps({"windowStartTime": at, "maintenanceStatus": "PENDING"})
     assert notices.read_notice() is not None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from ray_ckpt.protocol.messages import Leaving
@@ -100,6 +102,36 @@ def test_a_host_whose_slice_goes_stops_one_start_and_not_the_next() -> None:
     loop.world.coordinator.on_leaving({"b-host0": MATE, "b-host1": DRAINED}, loop.world.now)
     loop.stops.clear()
     loop.until(lambda: len(loop.stops) == 2, lambda _: 1)
+
+
+def test_a_host_of_such_a_slice_that_is_drained_itself_stops_the_start() -> None:
+    loop = begun(Loop(told=None))
+    coordinator = loop.world.coordinator
+    coordinator._heeded = {("a-host1", False)}
+    coordinator.on_leaving({"a-host1": MATE}, loop.world.now)
+    loop.until(lambda: loop.steps[0] > 20, lambda _: 1)
+    assert not loop.stops
+    coordinator.on_leaving({"a-host1": DRAINED}, loop.world.now)
+    loop.until(lambda: len(loop.stops) == 2, lambda _: 1)
+
+
+@pytest.mark.parametrize("wish", ["leaving", "worker", "driver"])
+def test_a_loop_that_does_not_stop_is_saved_as_before(wish: str) -> None:
+    loop = begun(Loop(replace(TWO, save_secs=5.0), told=None))
+    if wish == "leaving":
+        told(loop)
+    elif wish == "worker":
+        loop.job.workers[0].request_stop("enough", preempted=True)
+    else:
+        loop.world.coordinator.request_stop("enough", loop.world.now)
+    loop.until(lambda: len(loop.stops) == 2, lambda _: 1)
+    stopped = {stop.id for stop in loop.stops.values()}
+    committed = len(loop.world.committed)
+    loop.until(lambda: len(loop.world.committed) > committed + 2, lambda _: 1)
+    loop.serve("r", lambda _: 1)
+    assert {stop.id for stop in loop.stops.values()} == stopped, "and is told once"
+    loop.world.coordinator.on_leaving({"a-host0": DRAINED, "a-host1": DRAINED}, loop.world.now)
+    loop.until(lambda: {stop.id for stop in loop.stops.values()} != stopped, lambda _: 1)
 
 
 def test_reasons_of_a_worker_add_up() -> None:
