@@ -28,6 +28,12 @@ from ray_ckpt.errors import StateError, UsageError
 from ray_ckpt.types import Box, Copy, Layout, LeafSpec, Plan, RankPlan, Shape, TensorPlan, WriterRange
 
 MIB = 1 << 20
+_PLANNER_VERSION = 2
+"""Part of every plan's id: raise it whenever the same layouts and settings are divided otherwise.
+
+A snapshot outlives its coordinator, and its successor's package may be another.
+"""
+
 VARIABLE = -1
 """Start and size of a copy whose values decide them."""
 
@@ -364,5 +370,5 @@ def _checks(layouts: Sequence[Layout], groups: _Groups, tensors: dict[str, _Tens
 
 
 def _plan_id(layouts: Sequence[Layout], *settings: int) -> str:
-    text = "\n".join([*(layout.fingerprint for layout in layouts), *map(str, settings)])
+    text = "\n".join([*(layout.fingerprint for layout in layouts), *map(str, settings), f"v{_PLANNER_VERSION}"])
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ray_ckpt.errors import StateError
+from ray_ckpt.errors import SaveError, StateError
 from ray_ckpt.plan import make_plan
 from ray_ckpt.protocol.messages import Problem, SegmentInfo, WorkerReport
 from ray_ckpt.types import Layout, Plan
+
+_SHOWN = 8
+"""How many ranks an error names."""
 
 _PLANS_KEPT = 4
 """Saves under way may still need the plan before the present one."""
@@ -55,9 +58,21 @@ class Planner:
             self.error = Problem("StateError", str(error))
 
     def plan_of(self, segments: dict[int, SegmentInfo]) -> tuple[Plan, list[Layout]]:
-        """The plan that these snapshots, one of each rank, were taken by, and the layouts by rank."""
+        """The plan that these snapshots, one of each rank, were taken by, and the layouts by rank.
+
+        Raises:
+            SaveError: another version of the package divided them; names the step and the ranks.
+        """
         fingerprints = tuple(segments[rank].fingerprint for rank in range(len(segments)))
-        return self._make(fingerprints), [self.layouts[f] for f in fingerprints]
+        plan = self._make(fingerprints)
+        others = sorted(rank for rank, segment in segments.items() if segment.plan_id != plan.plan_id)
+        if others:
+            ranks = f"{', '.join(map(str, others[:_SHOWN]))}{', ...' if len(others) > _SHOWN else ''}"
+            raise SaveError(
+                f"step {segments[others[0]].step}: the snapshot was divided by another version of ray_ckpt (ranks"
+                f" {ranks}), so what each rank wrote is not known here; the next save is not"
+            )
+        return plan, [self.layouts[f] for f in fingerprints]
 
     def _make(self, fingerprints: tuple[str, ...]) -> Plan:
         plan = self._plans.get(fingerprints)

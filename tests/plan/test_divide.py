@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ray_ckpt.errors import StateError, UsageError
-from ray_ckpt.plan import make_plan, not_tf_readable
+from ray_ckpt.plan import divide, make_plan, not_tf_readable
 from ray_ckpt.types import Box, Layout, LeafSpec, Plan, RankPlan
 
 MIB = 1 << 20
@@ -282,6 +282,13 @@ def test_the_plan_id_tells_layouts_and_settings_apart() -> None:
     ]
     assert len(set(ids)) == 4
     assert make_plan([a, b]).plan_id == ids[0]
+
+
+def test_the_plan_id_tells_versions_of_the_division_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = [layout(leaf("a", (2,)))]
+    before = make_plan(state)
+    monkeypatch.setattr(divide, "_PLANNER_VERSION", divide._PLANNER_VERSION + 1)
+    assert make_plan(state).plan_id != before.plan_id
 
 
 def test_settings_must_be_positive() -> None:
