@@ -160,6 +160,7 @@ def _group(layouts: Sequence[Layout]) -> _Groups:
 def _collect(layouts: Sequence[Layout], groups: _Groups) -> dict[str, _Tensor]:
     """All tensors by name, with who holds which box."""
     tensors: dict[str, _Tensor] = {}
+    unheld: dict[str, dict[int, int]] = {}
     for number, ranks in enumerate(groups):
         for index, leaf in enumerate(layouts[ranks[0]].leaves):
             tensor = tensors.get(leaf.name)
@@ -167,9 +168,14 @@ def _collect(layouts: Sequence[Layout], groups: _Groups) -> dict[str, _Tensor]:
                 tensor = tensors[leaf.name] = _Tensor(leaf.dtype, leaf.shape, ranks[0])
             elif tensor.dtype != leaf.dtype or tensor.shape != leaf.shape:
                 _raise_disagreement(layouts, leaf.name)
-            for box in leaf.boxes if 0 not in leaf.shape else (Box.whole(leaf.shape),):
+            for box in (Box.whole(leaf.shape),) if 0 in leaf.shape and leaf.boxes else leaf.boxes:
                 if box.size or 0 in leaf.shape:
                     tensor.holders.setdefault(box, {})[number] = index
+            if 0 in leaf.shape and not leaf.boxes:
+                unheld.setdefault(leaf.name, {})[number] = index
+    for name, leaves in unheld.items():
+        # Somebody writes an empty array that no rank has a part of.
+        tensors[name].holders = tensors[name].holders or {Box.whole(tensors[name].shape): leaves}
     return tensors
 
 

@@ -272,6 +272,27 @@ def test_empty_parts_are_left_out() -> None:
     assert [tensor.boxes for tensor in plan.tensors] == [(Box((0,), (4,)),), (Box((0, 0), (0, 2)),)]
 
 
+def stage(name: str, *boxes: Box) -> LeafSpec:
+    """An empty array with these parts on this rank, maybe none."""
+    return LeafSpec(name, "float32", (0, 2), boxes, "jax:global")
+
+
+def test_an_empty_array_is_written_by_a_rank_that_has_it() -> None:
+    whole = Box.whole((0, 2))
+    for held, without in ((0, 1), (1, 0)):
+        layouts = [layout(), layout()]
+        layouts[held], layouts[without] = layout(stage("z", whole), leaf("own", (2,))), layout(stage("z"))
+        plan = make_plan(layouts)
+        assert whole in [copy.box for copy in plan.ranks[held].copies]
+        assert plan.ranks[without].copies == ()
+
+
+def test_an_empty_array_that_no_rank_has_is_written_all_the_same() -> None:
+    plan = make_plan([layout(stage("z")), layout(stage("z"))])
+    assert [tensor.boxes for tensor in plan.tensors] == [(Box.whole((0, 2)),)]
+    assert sum(len(rank.copies) for rank in plan.ranks) == 1
+
+
 def test_the_plan_id_tells_layouts_and_settings_apart() -> None:
     a, b = layout(leaf("a", (2,))), layout(leaf("b", (2,)))
     ids = [
