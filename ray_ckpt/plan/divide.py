@@ -43,7 +43,11 @@ _SMALL_NBYTES = 64 << 10
 _STRING_WEIGHT = 64
 """Guess of the bytes of one string, to spread string tensors."""
 
-_MIN_PIECE_NBYTES = MIB
+_PIECE_NBYTES = MIB
+_MANY_PIECES = 1024
+_LARGE_PIECE_NBYTES = 8 * MIB
+"""Above so many pieces of one tensor, each is so large: TensorFlow opens the file of every piece that it reads."""
+
 _SHARE_NBYTES = 2 * MIB
 """Where a rank's fair share is smaller, leaves below ``cut_nbytes`` stay whole: nothing is gained by even shares."""
 
@@ -237,17 +241,15 @@ def _share(
     heapq.heapify(heap)
     for item in items:
         load, rank = heap[0]
-        pieces = [(rank, item.box)]
         if load + item.nbytes > level * (1 + _SLACK) and _may_cut(item, len(ranks), cut_nbytes):
-            pieces = _cut(item, sorted(heap), level)
+            pieces, used = _cut(item, heap, level)
+        else:
+            pieces, used = [(rank, item.box)], [heapq.heappop(heap)[1]]
         for rank, box in pieces:
             loads[rank] += item.nbytes * box.size // max(1, item.box.size)
             yield item, rank, box
-        if len(pieces) == 1:
-            heapq.heapreplace(heap, (loads[rank], rank))
-        else:
-            heap = [(loads[rank], rank) for rank in ranks]
-            heapq.heapify(heap)
+        for rank in used:
+            heapq.heappush(heap, (loads[rank], rank))
 
 
 def _fair_level(loads: Sequence[int], total: int) -> float:
@@ -273,24 +275,26 @@ def _may_cut(item: _Item, num_ranks: int, cut_nbytes: int) -> bool:
     )
 
 
-def _cut(item: _Item, loads: Sequence[tuple[int, int]], level: float) -> list[tuple[int, Box]]:
-    """Fill (load, rank) pairs, least loaded first, up to ``level`` with pieces of one box."""
+def _cut(item: _Item, heap: list[tuple[int, int]], level: float) -> tuple[list[tuple[int, Box]], list[int]]:
+    """(rank, piece) of one box, that fill ranks up to ``level``, least loaded first; and the ranks taken off ``heap``.
+
+    ``heap``: (load, rank).
+    """
     left = float(item.nbytes)
-    piece = min(_MIN_PIECE_NBYTES, level * _COARSE / 2)
+    piece = _piece_nbytes(item, len(heap), level)
     most = min(max(item.box.shape), max(1, MAX_SLICES // len(item.tensor.holders)))
     shares: list[tuple[int, float]] = []
-    for load, rank in loads[:most]:
+    while heap and left > 0 and len(shares) < most:
+        load, rank = heap[0]
         share = min(left, level - load)
         if share < min(piece, left):
-            break
+            # From here on all ranks are full.
+            if left <= piece * len(shares):
+                break
+            share = 0.0
+        heapq.heappop(heap)
         shares.append((rank, share))
         left -= share
-        if left <= 0:
-            break
-    for _, rank in loads[len(shares) : most]:
-        if left <= piece * len(shares):
-            break
-        shares.append((rank, 0.0))
     # What did not fit below the level goes to all of them alike.
     extra = max(left, 0) / len(shares)
     shape = item.box.shape
@@ -303,7 +307,15 @@ def _cut(item: _Item, loads: Sequence[tuple[int, int]], level: float) -> list[tu
         if end > start:
             pieces.append((rank, _span(item.box, axis, start, end)))
             start = end
-    return pieces
+    return pieces, [rank for rank, _ in shares]
+
+
+def _piece_nbytes(item: _Item, num_ranks: int, level: float) -> float:
+    """Below this a piece is not worth a slice."""
+    nbytes = max(_LEAST_CUT_NBYTES, min(_PIECE_NBYTES, level * _COARSE / 2))
+    if num_ranks > _MANY_PIECES:
+        nbytes = max(nbytes, min(_LARGE_PIECE_NBYTES, item.nbytes / _MANY_PIECES))
+    return nbytes
 
 
 def _span(box: Box, axis: int, start: int, stop: int) -> Box:

@@ -332,6 +332,27 @@ def test_many_hosts_write_equal_parts_of_leaves_below_the_limit(world_size: int)
     assert whole >= len(leaves) - 2 * world_size
 
 
+def test_no_tensor_lies_in_thousands_of_slices_of_little() -> None:
+    world_size = 3000
+    plan = make_plan([layout(leaf("w", (2 << 20, 256)))] * world_size)
+    assert len(plan.tensors[0].boxes) <= 1024
+    assert sum(loads(plan)) == 2 << 30
+    large = make_plan([layout(leaf("w", (64 << 20, 1024)))] * world_size)
+    assert len(large.tensors[0].boxes) == world_size
+    assert max(loads(large)) < 1.1 * (256 << 30) / world_size
+
+
+def test_pieces_are_worth_a_slice() -> None:
+    world_size = 12
+    shared = leaf("w", (2400, 256))
+    layouts = [layout(leaf(f"own{rank}", (2100, 256)), shared) for rank in range(world_size)]
+    plan = make_plan(layouts)
+    check(plan, layouts)
+    boxes = next(tensor.boxes for tensor in plan.tensors if tensor.name == "w")
+    assert 8 <= len(boxes) <= 10
+    assert max(loads(plan)) < 1.05 * sum(loads(plan)) / world_size
+
+
 def test_small_shares_are_not_worth_a_cut() -> None:
     plan = make_plan([layout(leaf("w", (5 * 256, 1024)))] * 4)
     assert sorted(loads(plan)) == [0, 0, 0, 5 * MIB]
