@@ -78,12 +78,12 @@ def _slice_node(node: Config) -> Iterator[str]:
 def _slice_count(kind: Config) -> Iterator[str]:
     least, most = kind.get("min_workers", 0), kind.get("max_workers", 0)
     if least < 1:
-        yield "min_workers is 0: Ray does not start slices on demand"
+        yield "min_workers is 0: no slice is there when a job comes, and an idle one is given back"
     hosts = hosts_of(kind["node_config"].get("acceleratorType", "v4-8"))
     if hosts > 1 and least == hosts:
         yield f"min_workers counts slices, and {least} is the number of hosts of one"
     if most != least:
-        yield f"max_workers {most} is not min_workers {least}: Ray cannot scale slices by itself"
+        yield f"max_workers {most} is not min_workers {least}: Ray would buy a slice for each host that a job wants"
 
 
 def _installation(config: Config) -> Iterator[str]:

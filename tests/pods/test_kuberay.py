@@ -81,6 +81,11 @@ def test_names_and_versions_agree(spec: Spec) -> None:
     assert f"'ray[default,train]=={ray.__version__}'" in text
 
 
+def test_the_image_gets_the_sources_only() -> None:
+    left_out = {line.removeprefix("**/") for line in (ROOT / ".dockerignore").read_text().splitlines()}
+    assert {line.rstrip("/") for line in (ROOT / ".gitignore").read_text().splitlines()} | {".git"} <= left_out
+
+
 Break = Callable[[Spec], Any]
 
 BROKEN: dict[str, Break] = {
