@@ -8,7 +8,7 @@ disjoint, and each process finds the same ones from the sharding alone.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -84,24 +84,34 @@ def wanted(name: str, like: Any) -> Wanted:
         StateError: a dtype that no checkpoint holds, or a sharding without devices or that does not divide the shape.
     """
     if not isinstance(like.dtype, np.dtype):
-        data = sys.modules["jax"].eval_shape(_key_data, like)
+        jax: Any = sys.modules["jax"]
+        if like.sharding is not None:
+            # Only to tell early: each process reads the data of all keys.
+            _fitting_boxes(name, like)
+        data = jax.eval_shape(_key_data, jax.ShapeDtypeStruct(like.shape, like.dtype))
         return Wanted(dtype_name(data.dtype), data.shape, whole(data.shape))
     try:
         stored = _name_of(like.dtype)
     except StateError as err:
         raise StateError(f"{name}: {err}") from None
-    if like.sharding is None:
-        return Wanted(stored, like.shape, whole(like.shape))
+    boxes = whole(like.shape) if like.sharding is None else _fitting_boxes(name, like)
+    return Wanted(stored, like.shape, boxes)
+
+
+def _fitting_boxes(name: str, like: Any) -> tuple[Box, ...]:
+    """The distinct boxes of this process's devices.
+
+    Raises:
+        StateError: the sharding is without devices or does not divide the shape.
+    """
+    sharding = _placed(name, like.sharding)
     try:
-        boxes = _distinct_boxes(_placed(name, like.sharding), like.shape)
+        return _distinct_boxes(sharding, like.shape)
     except ValueError as err:
-        if isinstance(err, StateError):
-            raise
         raise StateError(
             f"{name}: the target's sharding does not fit its shape {like.shape}: {_first_line(err)}; give it a"
             " sharding that divides it evenly, or leave dimensions that it cannot divide unsharded"
         ) from None
-    return Wanted(stored, like.shape, boxes)
 
 
 def build(kind: str, like: Any, pieces: Mapping[Box, Array]) -> Any:
@@ -137,12 +147,20 @@ def _build_sharded(jax: Any, like: Any, sharding: Any, pieces: Mapping[Box, Arra
         # What the general way below gives, in half the time.
         return jax.device_put(sole(pieces), sharding)
     boxes = _device_boxes(sharding, like.shape)
+    arrays = jax.device_put([pieces[box] for box in boxes.values()], _places(jax, sharding, boxes))
+    return _assemble(jax, like, sharding, arrays)
+
+
+def _places(jax: Any, sharding: Any, devices: Iterable[Any]) -> list[Any]:
+    """Where the sharding puts the part of each device: on the device or in its other memory."""
     kind = sharding.memory_kind
-    places = [
+    return [
         device if kind in (None, device.default_memory().kind) else jax.sharding.SingleDeviceSharding(device, kind)
-        for device in boxes
+        for device in devices
     ]
-    arrays = jax.device_put([pieces[box] for box in boxes.values()], places)
+
+
+def _assemble(jax: Any, like: Any, sharding: Any, arrays: list[Any]) -> Any:
     # Where all its devices are other processes', no array tells the dtype.
     dtype = {} if arrays else {"dtype": like.dtype}
     return jax.make_array_from_single_device_arrays(like.shape, sharding, arrays, **dtype)
@@ -180,11 +198,10 @@ def _build_keys(jax: Any, kind: str, like: Any, data: Array) -> Any:
         )
     if like.sharding is None:
         return jax.random.wrap_key_data(jax.numpy.asarray(data), impl=impl)
-    return jax.make_array_from_callback(
-        like.shape,
-        like.sharding,
-        lambda index: jax.random.wrap_key_data(jax.numpy.asarray(data[index]), impl=impl),
-    )
+    sharding = _placed("the target", like.sharding)
+    boxes = _device_boxes(sharding, like.shape)
+    parts = jax.device_put([data[box.slices] for box in boxes.values()], _places(jax, sharding, boxes))
+    return _assemble(jax, like, sharding, [jax.random.wrap_key_data(part, impl=impl) for part in parts])
 
 
 def _check_concrete(name: str, value: Any) -> None:

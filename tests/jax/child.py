@@ -69,7 +69,11 @@ def state_on(order: list[int]) -> dict[str, Any]:
         )
         for name, sharding in shardings(order).items()
     }
-    return found | {"keys": jax.jit(keys, out_shardings=key_sharding(order))(), "step": 7}
+    on_stage = jax.make_array_from_callback(
+        (8,), shardings(order)["stage_copies"], lambda index: keys()[index], dtype=keys().dtype
+    )
+    made = jax.jit(keys, out_shardings=key_sharding(order))()
+    return found | {"keys": made, "stage_keys": on_stage, "step": 7}
 
 
 def gathered(own: bytes) -> list[bytes]:
@@ -113,15 +117,18 @@ def restore(url: str) -> dict[str, Any]:
             for name, sharding in shardings(devices).items()
         }
         sharded = jax.ShapeDtypeStruct((8,), jax.eval_shape(keys).dtype, sharding=key_sharding(devices))
-        target = like | {"keys": sharded, "step": 0}
+        staged = jax.ShapeDtypeStruct((8,), sharded.dtype, sharding=like["stage_copies"].sharding)
+        target = like | {"keys": sharded, "stage_keys": staged, "step": 0}
         got = read_state(stored, target, rank=me, world_size=count)()
         for name in like:
             assert got[name].sharding == like[name].sharding, name
             for shard in got[name].addressable_shards:
                 assert np.asarray(shard.data).tobytes() == VALUES[name][shard.index].tobytes(), name
         assert got["step"] == 7
-        for shard in jax.random.key_data(got["keys"]).addressable_shards:
-            assert np.array_equal(shard.data, jax.random.key_data(keys())[shard.index])
+        for name in ("keys", "stage_keys"):
+            assert got[name].sharding.is_equivalent_to(target[name].sharding, 1), name
+            for shard in got[name].addressable_shards:
+                assert np.array_equal(jax.random.key_data(shard.data), jax.random.key_data(keys())[shard.index]), name
     return {}
 
 

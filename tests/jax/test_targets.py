@@ -102,6 +102,44 @@ def test_keys_of_another_implementation_are_other_keys() -> None:
         restore(stored, {"k": jax.random.key(0)})
 
 
+KEYS = 4
+
+
+def key_target(sharding: Any) -> Any:
+    return {"keys": jax.ShapeDtypeStruct((KEYS,), jax.random.key(0).dtype, sharding=sharding)}
+
+
+def check_keys(got: Any, sharding: Any) -> None:
+    assert got.sharding == sharding
+    parts = [(shard.index, np.asarray(jax.random.key_data(shard.data))) for shard in got.addressable_shards]
+    every = np.asarray(jax.random.key_data(jax.random.split(jax.random.key(1), KEYS)))
+    assert all(np.array_equal(part, every[index]) for index, part in parts)
+
+
+@pytest.mark.parametrize("kind", ["pinned_host", "unpinned_host", "device"])
+@pytest.mark.parametrize("sizes", [(2, 4), (1, 1)])
+def test_keys_in_every_kind_of_memory(stored: Any, kind: str, sizes: tuple[int, ...]) -> None:
+    sharding = named(mesh(*sizes), "a", memory_kind=kind)
+    got = restore(stored, key_target(sharding), partial=True)["keys"]
+    check_keys(got, sharding)
+    assert {shard.data.sharding.memory_kind for shard in got.addressable_shards} == {kind}
+
+
+def test_keys_on_an_abstract_mesh_are_on_the_mesh_that_is_set(stored: Any) -> None:
+    explicit = mesh(2, 4, kind="Explicit")
+    like = key_target(named(explicit.abstract_mesh, "b"))
+    with jax.set_mesh(explicit):
+        got = restore(stored, like, partial=True)["keys"]
+    check_keys(got, named(explicit, "b"))
+    with pytest.raises(StateError, match=r"keys: the target's sharding .* abstract mesh"):
+        restore(stored, like, partial=True)
+
+
+def test_a_mesh_that_does_not_divide_the_keys(stored: Any) -> None:
+    with pytest.raises(StateError, match=r"keys: the target's sharding does not fit its shape \(4,\): .*divide"):
+        restore(stored, key_target(named(mesh(8), "a")), partial=True)
+
+
 def test_raw_keys_become_typed_ones_and_back() -> None:
     raw, typed = jax.random.PRNGKey(3), jax.random.key(3)
     assert restore(save([{"k": raw}]), {"k": typed})["k"].dtype == typed.dtype
