@@ -87,7 +87,10 @@ def test_restored_by_another_number_of_processes(saved: tuple[Path, list[int]], 
 
 def test_restored_by_two_processes_and_by_this_one(saved: tuple[Path, list[int]]) -> None:
     run(2, do="restore", url=str(saved[0]))
-    assert len(tensors(saved[0])) == len(NAMES)
+    # Imports JAX, which may lack.
+    from tests.jax.child import VALUES
+
+    assert tensors(saved[0]) == {name: VALUES[name].tobytes() for name in NAMES}
 
 
 @pytest.mark.slow
