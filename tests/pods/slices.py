@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from examples.demo.cluster import environment
-from tests.system.test_preemption import drain
+from tests.system.draining import drain
 
 HOSTS = 2
 """Of a v4-16 slice: 2x2x2 chips, four of them a host."""
@@ -54,9 +54,10 @@ class Slice:
             drain(node, notice_s)
 
     def end(self, *, allow_graceful: bool = True) -> None:
-        """Take its hosts out of the cluster."""
-        while self._raylets:
-            self._cluster.remove_node(self._raylets.pop(), allow_graceful=allow_graceful)
+        """Take its hosts out of the cluster: all of them, also where taking one fails."""
+        with ExitStack() as stack:
+            while self._raylets:
+                stack.callback(self._cluster.remove_node, self._raylets.pop(), allow_graceful=allow_graceful)
 
 
 @contextmanager

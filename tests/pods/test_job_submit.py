@@ -15,7 +15,7 @@ from ray_ckpt.coordinator import run_id
 from ray_ckpt.snapshot import default_folder
 from tests.pods.head import ROOT, Head, running
 
-pytestmark = pytest.mark.xdist_group("ray")
+pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.timeout(900)]
 
 CONFIGS = ROOT / "examples" / "configs"
 

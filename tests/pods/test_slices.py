@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,6 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.train import FailureConfig, Result, RunConfig, ScalingConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from tenacity import Retrying, retry_if_result, stop_after_delay, wait_fixed
 
 import ray_ckpt
 from ray_ckpt.coordinator import find_or_start, run_id
@@ -22,9 +19,10 @@ from ray_ckpt.timeline import timelines
 from tests.cluster import ROOT, RUNS
 from tests.pods.pod_loop import SAVE_STEPS, noted, train
 from tests.pods.slices import HOSTS, actors_of, labels, tpu_slice
-from tests.system.test_preemption import NOTICE_S
+from tests.system.draining import NOTICE_S
+from tests.train.background import fitting, while_fitting
 
-pytestmark = pytest.mark.xdist_group("ray")
+pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.timeout(900)]
 
 pytest.importorskip("jax")
 
@@ -54,19 +52,6 @@ def fit(notes: Path, workers: int, *, failures: int = 0, endless: bool = False) 
             worker_runtime_env={"env_vars": environment},
         ),
     ).fit()
-
-
-def when(happened: Callable[[], Any], act: Callable[[], None]) -> threading.Thread:
-    """Does it once that is so; join the thread."""
-
-    def run() -> None:
-        waiting = Retrying(stop=stop_after_delay(150), wait=wait_fixed(0.1), retry=retry_if_result(lambda x: not x))
-        waiting(happened)
-        act()
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    return thread
 
 
 def test_one_slice(ray_cluster: Cluster, notes: Path) -> None:
@@ -139,14 +124,11 @@ def test_the_example_on_a_slice(ray_cluster: Cluster, notes: Path) -> None:
 def test_a_lost_slice_is_replaced_by_a_spare_one(ray_cluster: Cluster, notes: Path, slices: int) -> None:
     with contextlib.ExitStack() as stack:
         there = [stack.enter_context(tpu_slice(ray_cluster, f"slice-{i}")) for i in range(slices + 1)]
-
-        def kill() -> None:
+        with fitting(lambda: fit(notes, slices * HOSTS, failures=3, endless=True)) as future:
+            while_fitting(future, lambda: len(noted(notes, "saved", 1)) == slices * HOSTS, "all have saved", 150)
             lost = noted(notes, "began", 1)[-1]["node"]
             next(found for found in there if lost in found.nodes).kill()
-
-        killer = when(lambda: len(noted(notes, "saved", 1)) == slices * HOSTS, kill)
-        result = fit(notes, slices * HOSTS, failures=3, endless=True)
-        killer.join()
+            result = future.result(300)
         began, resumed = (noted(notes, "began", start) for start in (1, 2))
         for rank in noted(notes, "saved", 1):
             assert rank["actors"]["Agent"] == sorted(r["node"] for r in began)
@@ -159,14 +141,11 @@ def test_a_lost_slice_is_replaced_by_a_spare_one(ray_cluster: Cluster, notes: Pa
 @pytest.mark.slow
 def test_a_drained_slice_costs_no_step_and_no_failure(ray_cluster: Cluster, notes: Path) -> None:
     with tpu_slice(ray_cluster, "slice-0") as a, tpu_slice(ray_cluster, "slice-1") as b:
-
-        def drain() -> None:
+        with fitting(lambda: fit(notes, HOSTS, failures=0, endless=True)) as future:
+            while_fitting(future, lambda: len(noted(notes, "saved", 1)) == HOSTS, "all have saved", 150)
             going = a if noted(notes, "began", 1)[0]["node"] in a.nodes else b
             going.drain(NOTICE_S)
-
-        drainer = when(lambda: len(noted(notes, "saved", 1)) == HOSTS, drain)
-        result = fit(notes, HOSTS, failures=0, endless=True)
-        drainer.join()
+            result = future.result(300)
         began, resumed, stopped = noted(notes, "began", 1), noted(notes, "began", 2), noted(notes, "stopped", 1)
         hosts = {rank["node"] for rank in resumed}
         assert hosts in ({*a.nodes}, {*b.nodes})

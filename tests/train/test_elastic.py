@@ -3,43 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from ray.cluster_utils import Cluster
-from ray.train import FailureConfig
+from ray.train import FailureConfig, Result
 
 import ray_ckpt
-from tests.system.waiting import eventually
 from tests.train import loops
+from tests.train.background import fitting, while_fitting
 from tests.train.fits import Run
+from tests.train.hosts import added
 
-pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.slow]
+pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def test_more_and_then_fewer_workers_go_on_from_the_last_commit(ray_cluster: Cluster, run: Run) -> None:
     def committed_by(start: int) -> Callable[[], bool]:
         return lambda: any(info.generation == start for info in ray_ckpt.checkpoints(run.data))
 
-    nodes = [ray_cluster.add_node(num_cpus=4, resources={"slot": 1}, object_store_memory=80_000_000)]
-    with ThreadPoolExecutor(1) as pool:
-        try:
-            result = pool.submit(
-                run.fit,
-                loops.until_start,
-                (1, 3),
-                failures=FailureConfig(max_failures=3),
-                scaling={"resources_per_worker": {"slot": 1}, "elastic_resize_monitor_interval_s": 1},
-                last=3,
-            )
-            eventually(committed_by(1), "a commit of one worker", 100)
-            nodes.append(ray_cluster.add_node(num_cpus=4, resources={"slot": 2}, object_store_memory=80_000_000))
-            eventually(committed_by(2), "a commit of three workers", 100)
-            ray_cluster.remove_node(nodes.pop(), allow_graceful=False)
-            pointer = ray_ckpt.from_train(result.result(100).checkpoint)
-        finally:
-            for node in nodes:
-                ray_cluster.remove_node(node)
+    def fit() -> Result:
+        return run.fit(
+            loops.until_start,
+            (1, 3),
+            failures=FailureConfig(max_failures=3),
+            scaling={"resources_per_worker": {"slot": 1}, "elastic_resize_monitor_interval_s": 1},
+            last=3,
+        )
+
+    with added(ray_cluster, {"slot": 1}), fitting(fit) as future:
+        while_fitting(future, committed_by(1), "a commit of one worker")
+        with added(ray_cluster, {"slot": 2}, allow_graceful=False):
+            while_fitting(future, committed_by(2), "a commit of three workers")
+        pointer = ray_ckpt.from_train(future.result(120).checkpoint)
 
     assert [[note["world"] for note in run.noted(start)] for start in (1, 2, 3)] == [[1], [3, 3, 3], [1]]
     for start in (2, 3):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,17 +11,19 @@ import pytest
 import ray
 import ray.train
 from ray.cluster_utils import Cluster
-from ray.train import FailureConfig, Result, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 import ray_ckpt
 from ray_ckpt.coordinator import run_id
 from tests.cluster import RUNS
+from tests.system.draining import NOTICE_S, drain
 from tests.system.states import mixed, zeros_like
-from tests.system.test_preemption import NOTICE_S, drain
-from tests.system.waiting import eventually, pause
+from tests.system.waiting import pause
+from tests.train.background import fitting, while_fitting
+from tests.train.hosts import added
 
-pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.slow]
+pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.slow, pytest.mark.timeout(900)]
 
 AFTER = 5
 """Steps of the start after the drain."""
@@ -47,10 +48,8 @@ def loop(config: dict[str, Any]) -> None:
 @pytest.fixture
 def seats(ray_cluster: Cluster) -> Iterator[None]:
     """Three more hosts with room for one worker each."""
-    added = [ray_cluster.add_node(num_cpus=4, resources={"seat": 1}, object_store_memory=80_000_000) for _ in range(3)]
-    yield
-    for node in added:
-        ray_cluster.remove_node(node)
+    with added(ray_cluster, *[{"seat": 1}] * 3):
+        yield
 
 
 def noted(folder: Path, start: int) -> list[dict[str, Any]]:
@@ -71,15 +70,11 @@ def test_a_drained_host_costs_no_step_and_no_failure(seats: None, tmp_path: Path
         scaling_config=ScalingConfig(num_workers=2, resources_per_worker={"CPU": 1, "seat": 1}),
         run_config=RunConfig(name="exp", storage_path=str(tmp_path), failure_config=FailureConfig(max_failures=0)),
     )
-    results: list[Result] = []
-    fit = threading.Thread(target=lambda: results.append(trainer.fit()))
-    fit.start()
-    first = eventually(lambda: noted(notes, 1), "both ranks have begun", 120.0)
-    drain(first[1]["node"], NOTICE_S)
-    second = eventually(lambda: noted(notes, 2), "both ranks have begun again", 120.0)
-    fit.join(120.0)
-    assert results
-    assert results[0].error is None
+    with fitting(trainer.fit) as future:
+        first = while_fitting(future, lambda: noted(notes, 1), "both ranks have begun")
+        drain(first[1]["node"], NOTICE_S)
+        second = while_fitting(future, lambda: noted(notes, 2), "both ranks have begun again")
+        assert future.result(120).error is None
     assert first[1]["node"] not in [start["node"] for start in second]
     steps = [c.step for c in ray_ckpt.checkpoints(data)]
     assert [start["first"] for start in second] == [steps[0] + 1] * 2
