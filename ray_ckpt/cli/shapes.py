@@ -47,16 +47,24 @@ def _document(path: Path) -> Any:
 def _tensor(where: str, name: str, item: Any) -> Tensor:
     item = item if isinstance(item, dict) else {"shape": item}
     shape, axes, dtype = item.get("shape"), item.get("axes", []), item.get("dtype", "float32")
-    unknown = sorted(item.keys() - {"shape", "dtype", "axes"})
-    if unknown or not _is_shape(shape) or not isinstance(axes, list):
+    unknown = sorted(item.keys() - {"shape", "dtype", "axes"}, key=str)
+    if unknown or not _is_shape(shape) or not _is_axes(axes):
         told = f"unknown {', '.join(map(str, unknown))}" if unknown else f"shape {shape!r}, axes {axes!r}"
         raise UsageError(f"{where}: found {told}; expected as in {FORM}")
     try:
         dtype_of(str(dtype))
     except StateError as error:
         raise UsageError(f"{where}: {error}") from None
-    names = [(axis,) if isinstance(axis, str) else tuple(map(str, axis or ())) for axis in axes]
+    names = [(axis,) if isinstance(axis, str) else tuple(axis or ()) for axis in axes]
     return Tensor(name, tuple(shape), tuple(names), str(dtype))
+
+
+def _is_axes(axes: Any) -> bool:
+    """One entry a dimension, as in a `jax.sharding.PartitionSpec`: none, a name, or some."""
+    if not isinstance(axes, list):
+        return False
+    names = [name for axis in axes for name in (axis if isinstance(axis, list) else [axis])]
+    return all(isinstance(name, str) for name in names if name is not None)
 
 
 def _is_shape(shape: Any) -> bool:

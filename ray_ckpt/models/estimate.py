@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ray_ckpt.bundle import encode_partitioned, encode_piece, encode_run, merge_index, nbytes_of, piece_key
+from ray_ckpt.errors import UsageError
 from ray_ckpt.models.mesh import HostMesh, layouts_of, unsharded
 from ray_ckpt.models.tensor import Tensor, nbytes_of_state
 from ray_ckpt.plan import make_plan, not_tf_readable
@@ -63,10 +64,13 @@ def outlook(state: Iterable[Tensor], mesh: HostMesh, rates: Rates, snapshots: in
     """Plan a save of the state without allocating it; ``snapshots`` is the `Checkpointer`'s.
 
     Raises:
-        UsageError: state and mesh do not go together.
+        UsageError: state and mesh do not go together, or a tensor's bytes depend on its values.
         StateError: no checkpoint can hold the state.
     """
     state = tuple(state)
+    for tensor in state:
+        if nbytes_of(tensor.dtype, 1) is None:
+            raise UsageError(f"{tensor.name}: {tensor.dtype} has no fixed size that could be planned; leave it out")
     layouts = layouts_of(state, mesh)
     plan = make_plan(layouts)
     nbytes = [rank.fixed_nbytes for rank in plan.ranks]

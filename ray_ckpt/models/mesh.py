@@ -50,7 +50,7 @@ def layouts_of(state: Iterable[Tensor], mesh: HostMesh) -> list[Layout]:
     cut unevenly.
 
     Raises:
-        UsageError: a tensor names an axis that the mesh has not.
+        UsageError: a tensor names an axis that the mesh has not, or one twice.
     """
     state = tuple(state)
     known: dict[tuple[Shape, Axes, bool], _Boxes] = {}
@@ -80,11 +80,16 @@ def _parts(tensor: Tensor, mesh: HostMesh) -> list[int]:
 
 def _wanted_parts(tensor: Tensor, mesh: HostMesh) -> list[int]:
     """Into how many parts each dimension is to be cut."""
-    unknown = sorted({name for names in tensor.axes for name in names} - set(mesh.axes))
-    if unknown or len(tensor.axes) > len(tensor.shape):
+    used = [name for names in tensor.axes for name in names]
+    if not set(used) <= set(mesh.axes) or len(tensor.axes) > len(tensor.shape):
         raise UsageError(
             f"{tensor.name}: shape {tensor.shape} with axes {tensor.axes}: at most one entry for each dimension, of"
             f" the mesh's axes {', '.join(mesh.axes)}"
+        )
+    twice = sorted({name for name in used if used.count(name) > 1})
+    if twice:
+        raise UsageError(
+            f"{tensor.name}: axes {tensor.axes} use {', '.join(twice)} twice; an axis of the mesh can cut one dimension"
         )
     parts = [math.prod(mesh.axes[name] for name in names) for names in tensor.axes]
     return parts + [1] * (len(tensor.shape) - len(parts))

@@ -104,6 +104,13 @@ def test_calls_that_are_wrong(arguments: tuple[str, ...], text: str) -> None:
         ({"w": {"shape": [2, "x"]}}, "w: found shape [2, 'x']"),
         ({"w": {"shape": [2], "sharding": 1}}, "w: found unknown sharding"),
         ({"w": {"shape": [2], "dtype": "float33"}}, "float33"),
+        ({"w": {"shape": [2], "dtype": "string"}}, "w: string has no fixed size"),
+        ({"w": {"shape": [2], "dtype": "variant"}}, "w: variant has no fixed size"),
+        ({"w": {"shape": [2], "axes": [3]}}, "w: found shape [2], axes [3]"),
+        ({"w": {"shape": [2], "axes": [0]}}, "w: found shape [2], axes [0]"),
+        ({"w": {"shape": [2], "axes": [["fsdp", 1]]}}, "w: found shape [2], axes [['fsdp', 1]]"),
+        ({"w": {"shape": [4, 4], "axes": ["fsdp", "fsdp"]}}, "w: axes (('fsdp',), ('fsdp',)) use fsdp twice"),
+        ({"w": {"shape": [4], "axes": [["data", "data"]]}}, "w: axes (('data', 'data'),) use data twice"),
         ({"w": {"shape": [2], "axes": ["rows"]}}, "w: shape (2,) with axes (('rows',),): at most one entry"),
     ],
 )
