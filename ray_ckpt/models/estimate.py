@@ -15,6 +15,9 @@ from ray_ckpt.types import METADATA_KEY, Box, Layout, LeafSpec, Plan
 _ENTRY_S = 7e-6
 """Coordinator's time for an index entry: docs/performance.md, 10,000 hosts with a million entries."""
 
+_HOST_S = 5e-4
+"""Coordinator's time for a host in a commit: benchmarks/results/scale.md, 5 s at 10,000 hosts and 10^5 entries."""
+
 _METADATA_NBYTES = 1 << 20
 """Whatever it is: it decides how many bytes its own number takes."""
 
@@ -94,7 +97,7 @@ def outlook(state: Iterable[Tensor], mesh: HostMesh, rates: Rates, snapshots: in
         unsharded=tuple(unsharded(state, mesh)),
         not_tf_readable=tuple(not_tf_readable(plan)),
         blocked_s=blocked_s,
-        commit_s=blocked_s + max(nbytes) / rates.write + entries * _ENTRY_S,
+        commit_s=blocked_s + max(nbytes) / rates.write + mesh.hosts * _HOST_S + entries * _ENTRY_S,
         restore_s=max(reads.values()) / rates.read + entries * _ENTRY_S,
     )
 

@@ -1,7 +1,7 @@
 """Published models: their tensors by the published configuration, cut as their usual training codes cut them.
 
 Mesh axes: "data" copies, "fsdp" cuts parameters by their embedding dimension, "tensor" by heads, hidden units or
-vocabulary (as MaxText and T5X name and place them).
+vocabulary (as MaxText names and places them).
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ _CRITEO_ROWS = (
 def dlrm() -> Model:
     """DLRM on Criteo 1TB as in MLPerf training: 187,767,399 rows of 128, tables cut by rows over all devices.
 
-    24,036,595,969 parameters, of which 2,368,897 are in the MLPs, with row-wise Adagrad.
+    24,036,595,969 parameters, of which 2,368,897 are in the MLPs, with row-wise Adagrad, an option of that
+    code (MLPerf's run used SGD).
     Source: Naumov et al. 2019; github.com/facebookresearch/dlrm ``bench/run_and_time.sh`` (--max-ind-range=40000000
     --arch-mlp-bot=13-512-256-128 --arch-mlp-top=1024-1024-512-256-1 --arch-sparse-feature-size=128).
     """

@@ -188,6 +188,11 @@ def test_times_follow_from_the_rates_and_memory_from_the_snapshots() -> None:
     assert one.snapshot_nbytes_a_host == 3 * (8 << 22)
 
 
+def test_a_commit_takes_longer_with_more_hosts() -> None:
+    """As measured with 10,000 hosts, where nothing else counts: 5 s."""
+    assert outlook([Tensor("t", (8,))], mesh_of(2000), RATES).commit_s == pytest.approx(1, rel=0.3)
+
+
 def test_the_index_of_a_large_plan_is_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
     state = [
         Tensor(f"layer{i:04d}/{part}", (64, n), (("fsdp",),)) for i in range(60) for part, n in (("w", 64), ("b", 1))
