@@ -10,7 +10,7 @@ import pytest
 
 import ray_ckpt
 from ray_ckpt.checkpointer import Timeouts
-from ray_ckpt.checkpointer.settings import who_am_i
+from ray_ckpt.checkpointer.settings import ensure_ray, who_am_i
 from ray_ckpt.errors import MissingExtraError, RayCkptError, UnsafeStoreError, UsageError
 
 WRONG: list[tuple[dict[str, Any], str]] = [
@@ -113,3 +113,15 @@ def test_rank_and_size_without_any_framework() -> None:
 def test_a_misspelt_option_of_restore() -> None:
     with pytest.raises(TypeError, match="castt"):
         ray_ckpt.Checkpointer.restore(None, castt=True)  # type: ignore[call-arg, arg-type]
+
+
+@pytest.mark.parametrize(
+    ("variable", "expected"), [("", "local"), ("127.0.0.1:6379", None)], ids=["nobody's", "a submitted job's"]
+)
+def test_which_ray_is_joined(monkeypatch: pytest.MonkeyPatch, variable: str, expected: str | None) -> None:
+    asked: list[str | None] = []
+    monkeypatch.setenv("RAY_ADDRESS", variable)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", lambda address=None, **_: asked.append(address))
+    ensure_ray()
+    assert asked == [expected]
