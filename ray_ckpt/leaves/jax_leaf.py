@@ -125,10 +125,10 @@ def build(kind: str, like: Any, pieces: Mapping[Box, Array]) -> Any:
         return sole(pieces) if jax is None else _build_default(jax, kind, sole(pieces))
     if not isinstance(like.dtype, np.dtype):
         return _build_keys(jax, kind, like, sole(pieces))
-    if like.sharding is None:
-        out = jax.device_put(sole(pieces))
-    else:
-        out = _build_sharded(jax, like, _placed("the target", like.sharding), pieces)
+    sharding = None if like.sharding is None else _placed("the target", like.sharding)
+    out = _build_weak(jax, like, sharding, pieces)
+    if out is None:
+        out = jax.device_put(sole(pieces)) if sharding is None else _build_sharded(jax, like, sharding, pieces)
     if out.dtype != like.dtype:
         raise MismatchError(f"JAX made {out.dtype} of a {like.dtype} target; set jax_enable_x64 or change the target")
     return out
@@ -140,6 +140,19 @@ def _build_default(jax: Any, kind: str, array: Array) -> Any:
     if out.dtype != array.dtype:
         return array
     return jax.random.wrap_key_data(out, impl=kind.removeprefix(_KEY)) if kind.startswith(_KEY) else out
+
+
+def _build_weak(jax: Any, like: Any, sharding: Any, pieces: Mapping[Box, Array]) -> Any:
+    """A scalar that takes the dtype of what it is computed with, as Python's numbers do; None for all else.
+
+    None, too, where it spans processes: JAX would let them all compare the number.
+    """
+    if like.shape != () or not getattr(like, "weak_type", False):
+        return None
+    if sharding is not None and not sharding.is_fully_addressable:
+        return None
+    out = jax.device_put(sole(pieces).item(), sharding)
+    return out if out.dtype == like.dtype else None
 
 
 def _build_sharded(jax: Any, like: Any, sharding: Any, pieces: Mapping[Box, Array]) -> Any:

@@ -167,6 +167,25 @@ def test_dtypes_that_tensorflow_has_not_are_named(dtype: str) -> None:
         save([{"w": jnp.zeros(3, dtype)}])
 
 
+def test_scalars_stay_weakly_typed() -> None:
+    lr, count = jnp.asarray(0.1), jnp.asarray(7)
+    assert lr.weak_type
+    state = {"lr": lr, "count": count, "strong": jnp.float32(0.5), "mesh": jax.device_put(2.5, named(mesh(2, 4)))}
+    stored = save([state])
+    for target in (state, jax.eval_shape(lambda: state)):
+        got = restore(stored, target)
+        assert {name: value.weak_type for name, value in got.items()} == {
+            "lr": True,
+            "count": True,
+            "strong": False,
+            "mesh": True,
+        }
+        assert {name: value.dtype for name, value in got.items()} == {name: v.dtype for name, v in state.items()}
+        assert all(got[name] == state[name] for name in state)
+        assert (got["lr"] * jnp.ones(2, jnp.bfloat16)).dtype == jnp.bfloat16
+    assert restore(stored, state)["mesh"].sharding == state["mesh"].sharding
+
+
 def test_a_function_that_makes_other_leaves(stored: Any) -> None:
     with pytest.raises(MismatchError, match=r"(?s)1 missing.*bias.*1 unexpected.*keys"):
         restore(stored, jax.jit(lambda: {"w": jnp.zeros(W.shape), "bias": jnp.zeros(8)}))
