@@ -147,6 +147,14 @@ def test_the_version_of_ray_is_the_tested_one(config: Config) -> None:
     assert any(f"'ray[default,train]=={ray.__version__}'" in c for c in config["setup_commands"])
 
 
+@pytest.mark.parametrize("name", ["cluster.yaml", "docs/tpu.md"])
+def test_it_is_launched_with_the_autoscaler_that_counts_slices(name: str) -> None:
+    text = (ROOT / name).read_text()
+    launched = re.findall(r"(\S+ )?ray up cluster\.yaml", text)
+    assert launched
+    assert set(launched) == {"RAY_UP_enable_autoscaler_v2=0 "}
+
+
 Break = Callable[[Config], Any]
 
 
