@@ -28,6 +28,10 @@ _RESERVE = 0.05
 """Share of the tmpfs that is left to others, who may be the training processes."""
 
 
+Digests = tuple[tuple[str, int], ...]
+"""Of a snapshot's replicas, by name."""
+
+
 class HostMemory:
     """All segments of one host. Thread safe."""
 
@@ -36,7 +40,7 @@ class HostMemory:
         self._lock = threading.Lock()
         self._making = threading.Lock()
         self._segments: dict[str, Segment] = {}
-        self._digests: dict[tuple[str, int], tuple[tuple[str, int], ...]] = {}
+        self._digests: dict[str, tuple[Segment, int, Digests]] = {}
         for path in sorted(self.folder.glob("*" + _SUFFIX)):
             # What an agent before this one has made.
             with contextlib.suppress(StorageError):
@@ -155,16 +159,19 @@ class HostMemory:
             sealed=segment.sealed_at,
         )
 
-    def _digests_of(self, name: str, segment: Segment) -> tuple[tuple[str, int], ...]:
-        key = (name, segment.fills)
-        if key not in self._digests:
-            self._digests = {k: v for k, v in self._digests.items() if k[0] != name}
-            try:
-                self._digests[key] = tuple(sorted(segment.digests().items()))
-            except (SaveError, DamagedError) as error:
-                logger.warning("%s", error)
-                self._digests[key] = ()
-        return self._digests[key]
+    def _digests_of(self, name: str, segment: Segment) -> Digests:
+        """Read once for each snapshot. A segment that is made anew under a name counts its fills from one again."""
+        fills = segment.fills
+        known = self._digests.get(name)
+        if known is not None and known[0] is segment and known[1] == fills:
+            return known[2]
+        found: Digests = ()
+        try:
+            found = tuple(sorted(segment.digests().items()))
+        except (SaveError, DamagedError) as error:
+            logger.warning("%s", error)
+        self._digests[name] = segment, fills, found
+        return found
 
     def path(self, name: str) -> str:
         """The file of a segment."""

@@ -132,3 +132,20 @@ def test_incarnations_rise_even_if_the_clock_goes_back(tmp_path: Path, monkeypat
     assert names == sorted(set(names))
     (tmp_path / "incarnation").write_text("damaged")
     assert int(HostMemory(tmp_path).next_incarnation()) == 1000
+
+
+@pytest.mark.parametrize("made_anew", [True, False])
+def test_each_snapshot_tells_its_own_digests(tmp_path: Path, made_anew: bool) -> None:
+    """Also of a segment that is made anew under the same name: by the next start of a job, say."""
+    memory = HostMemory(tmp_path)
+    for digest in (1, 2):
+        (path,) = memory.prepare(0, 1000, 1)
+        with Segment.open(path, writable=True) as segment, segment.fill(SAVE):
+            table = {**EMPTY_TABLE, "digests": {"w": digest}, "save": asdict(SAVE)}
+            segment.seal(json.dumps(table).encode() + b"\n")
+        (info,) = memory.sealed()
+        assert info.digests == (("w", digest),)
+        memory.free(info.name)
+        if made_anew:
+            memory.give_back(0)
+            assert not Path(path).exists()
