@@ -17,6 +17,9 @@ FORMAT_VERSION = 1
 METADATA_KEY = "_ray_ckpt"
 """Name of the scalar string tensor that holds a checkpoint's own description, as JSON."""
 
+IN_PART = " (in part)"
+"""Ends the name of a digest that was taken of a sample of a replica: it compares with such only."""
+
 PRIVATE_DIR = "_ray_ckpt"
 """Folder inside a run's directory for everything that TensorFlow does not know of."""
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from ray_ckpt.errors import SaveError, StateError
 from ray_ckpt.plan import make_plan
 from ray_ckpt.protocol.messages import Problem, SegmentInfo, WorkerReport
-from ray_ckpt.types import Layout, Plan
+from ray_ckpt.types import IN_PART, Layout, Plan
 
 _SHOWN = 8
 """How many ranks an error names."""
@@ -102,7 +102,8 @@ class Planner:
 def replica_mismatch(segments: dict[int, SegmentInfo]) -> str | None:
     """What differs between arrays that several ranks hold under one name, None if nothing was seen to differ.
 
-    A plain array of one name on several ranks is presumed to be a replica, and only one rank's is written.
+    A plain array of one name on several ranks is presumed to be a replica, and only one rank's is written. Ranks that
+    took part in unequally many saves may digest unequally much: only equal parts are compared.
     """
     seen: dict[str, tuple[int, int]] = {}
     for rank, segment in sorted(segments.items()):
@@ -110,8 +111,8 @@ def replica_mismatch(segments: dict[int, SegmentInfo]) -> str | None:
             other_rank, other = seen.setdefault(name, (rank, digest))
             if other != digest:
                 return (
-                    f"'{name}' has different values on rank {other_rank} and rank {rank}, but an array of one name "
-                    "on several ranks is saved once: make them equal, give them different names, mark parts of one "
-                    "array with ray_ckpt.Slice, or keep one for each worker with ray_ckpt.PerWorker"
+                    f"'{name.removesuffix(IN_PART)}' has different values on rank {other_rank} and rank {rank}, but an "
+                    "array of one name on several ranks is saved once: make them equal, give them different names, mark "
+                    "parts of one array with ray_ckpt.Slice, or keep one for each worker with ray_ckpt.PerWorker"
                 )
     return None

@@ -15,7 +15,7 @@ from ray_ckpt.errors import SaveError, StorageError
 from ray_ckpt.leaves import parts, read_box, start_transfers
 from ray_ckpt.snapshot.segment import Segment
 from ray_ckpt.snapshot.table import Place, SaveId, encode_table
-from ray_ckpt.types import Box, Layout, LeafSpec, RankPlan, Shape
+from ray_ckpt.types import IN_PART, Box, Layout, LeafSpec, RankPlan, Shape
 
 _LARGE_NBYTES = 1 << 20
 _CHUNK_NBYTES = 16 << 20
@@ -63,7 +63,7 @@ def take_snapshot(
 
     ``values`` are the leaves in the layout's order. Returns the digests of the plan's ``checks`` by name
     (uint32): of all of them, whole, with ``full_digests`` (a generation's first save), else of a sample that
-    depends on names and step alone, so that all ranks digest the same parts.
+    depends on names and step alone, so that all ranks digest the same parts, under names that end in `IN_PART`.
 
     Raises:
         SaveError: plan, layout and save id do not belong together, or the segment is still sealed.
@@ -80,8 +80,8 @@ def take_snapshot(
         _copy_fixed(segment, plan, layout, values, threads)
         places = _append_strings(segment, plan.fixed_nbytes, strings)
         checked = plan.checks if full_digests else _sampled(plan.checks, layout, save.step)
-        step = None if full_digests else save.step
-        digests = {layout.leaves[i].name: _digest(values[i], layout.leaves[i], step) for i in checked}
+        step, kind = (None, "") if full_digests else (save.step, IN_PART)
+        digests = {layout.leaves[i].name + kind: _digest(values[i], layout.leaves[i], step) for i in checked}
         segment.seal(encode_table(save, plan, layout, places, digests))
     return digests
 
