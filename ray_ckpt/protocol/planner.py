@@ -112,7 +112,7 @@ def replica_mismatch(segments: dict[int, SegmentInfo]) -> str | None:
             if other != digest:
                 return (
                     f"'{name.removesuffix(IN_PART)}' has different values on rank {other_rank} and rank {rank}, but an "
-                    "array of one name on several ranks is saved once: make them equal, give them different names, mark "
-                    "parts of one array with ray_ckpt.Slice, or keep one for each worker with ray_ckpt.PerWorker"
+                    "array of one name on several ranks is saved once: make them equal, give them different names, "
+                    "mark parts of one array with ray_ckpt.Slice, or keep one for each worker with ray_ckpt.PerWorker"
                 )
     return None
