@@ -133,6 +133,7 @@ def test_the_first_worker_s_graph_is_imported_and_restored(trained: str) -> None
     np.testing.assert_array_equal(found["rows_0/part_1"], expected["rows_0"][2:])
 
 
+@pytest.mark.slow
 def test_a_further_start_goes_on(workers: list[Any], folder: str) -> None:
     """Each session is restored by TensorFlow, from the files of both."""
     get(begin(workers, folder, 3, save_steps=2))
@@ -165,6 +166,7 @@ def test_a_save_that_is_asked_for(workers: list[Any], folder: str) -> None:
     assert last == other_last == steps(folder)[-1] > step
 
 
+@pytest.mark.slow
 def test_a_listener_of_one_worker_stops_both(workers: list[Any], folder: str) -> None:
     first, other = workers
     running = [first.train.remote(0, folder, 10**6, save_steps=50)]
@@ -174,6 +176,7 @@ def test_a_listener_of_one_worker_stops_both(workers: list[Any], folder: str) ->
     assert_holds(f"{folder}/model.ckpt-{last}", last)
 
 
+@pytest.mark.slow
 def test_one_name_for_two_values_is_refused(workers: list[Any], folder: str) -> None:
     """What has one name in several sessions is a replica: its values must be the same."""
     running = [w.train.remote(r, folder, 4, save_steps=2, scale=1.0 + r) for r, w in enumerate(workers)]

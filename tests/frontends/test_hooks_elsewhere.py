@@ -37,6 +37,7 @@ def test_what_tensorflow_can_open(folder: str, opened: bool) -> None:
     assert opened_by_tensorflow(folder) is opened
 
 
+@pytest.mark.slow
 def test_a_store_that_tensorflow_cannot_open(ray_cluster: Cluster) -> None:
     noted: list[Event] = []
     restored: list[float] = []
@@ -146,6 +147,7 @@ with tf.Graph().as_default():
 """
 
 
+@pytest.mark.slow
 def test_a_process_without_ray_starts_its_own_and_finishes_its_saves_when_it_fails(folder: str) -> None:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_ADDRESS")}
     done = subprocess.run(

@@ -78,6 +78,7 @@ def test_save_best_only_and_a_restart_that_knows_the_best(tmp_path: Path, capsys
     assert not (tmp_path / "best").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "threshold", "saved"), [("max", 0.45, [2]), ("min", None, [1, 3])])
 def test_mode_and_threshold(tmp_path: Path, mode: Any, threshold: Any, saved: list[int]) -> None:
     settings = {"monitor": "score", "mode": mode, "initial_value_threshold": threshold}
@@ -91,6 +92,7 @@ def test_an_unknown_direction_is_kerass_error(tmp_path: Path) -> None:
         fit([Scores([1.0], "score"), checkpoint(tmp_path, monitor="score", save_best_only=True)], epochs=1)
 
 
+@pytest.mark.slow
 def test_a_missing_metric_is_kerass_warning(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="Can save best model only with score available"):
         fit([checkpoint(tmp_path, monitor="score", mode="min", save_best_only=True)], epochs=1)
@@ -98,6 +100,7 @@ def test_a_missing_metric_is_kerass_warning(tmp_path: Path) -> None:
     assert best(tmp_path)["best"] is None
 
 
+@pytest.mark.slow
 def test_batches_count_over_epochs(tmp_path: Path) -> None:
     fit([checkpoint(tmp_path, save_freq=3, monitor="loss")])
     assert steps(tmp_path) == [3, 6, 9, 12]
@@ -186,6 +189,7 @@ def test_the_best_whose_save_failed_is_not_the_best() -> None:
     assert callback._last_best is None
 
 
+@pytest.mark.slow
 def test_loading_into_another_model(tmp_path: Path) -> None:
     fit([checkpoint(tmp_path)], epochs=1)
     with pytest.raises(MismatchError, match=r"dense.*expected float32\[3, 5\], found float32\[3, 4\]"):

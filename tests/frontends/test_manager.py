@@ -118,6 +118,7 @@ def test_another_start_goes_on(manager: Make, tmp_path: Path) -> None:
     assert value_of(again.latest_checkpoint) == 2
 
 
+@pytest.mark.slow
 def test_numbers_of_ones_own(manager: Make, tmp_path: Path) -> None:
     checkpoint, step = counting(), tf.Variable(40, dtype=tf.int64)
     m = manager(checkpoint, None, checkpoint_name="model")
@@ -209,6 +210,7 @@ def test_what_is_kept_by_hours_is_listed_no_more_and_stays(manager: Make, tmp_pa
     eventually(lambda: sorted(path.stem for path in tmp_path.glob("*.index")) == left, "the third is gone")
 
 
+@pytest.mark.slow
 def test_hours_count_over_restarts(ours: Make, tmp_path: Path) -> None:
     since = tmp_path / "_ray_ckpt" / "kept_since"
     ours(counting(), 1, 2.0).restore_or_initialize()
@@ -239,6 +241,7 @@ def test_without_a_restore_it_starts_anew(ours: Make, tmp_path: Path) -> None:
     assert [value_of(found) for found in m.checkpoints] == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_number_that_is_not_higher(ours: Make) -> None:
     checkpoint = counting(1.0)
     m = ours(checkpoint, None)
@@ -252,6 +255,7 @@ def test_a_number_that_is_not_higher(ours: Make) -> None:
     assert len(m.checkpoints) == 1
 
 
+@pytest.mark.slow
 def test_a_number_that_a_dead_coordinator_has_claimed(ours: Make, tmp_path: Path) -> None:
     ours(counting()).restore_or_initialize()
     # One that this coordinator does not sweep: that would be in the log's mark, sooner or later.
@@ -271,6 +275,7 @@ def break_shards(tmp_path: Path, number: int) -> None:
             (tmp_path / f"ckpt-{number}.data-{shard:05d}-of-{count:05d}").mkdir()
 
 
+@pytest.mark.slow
 def test_a_number_is_saved_again_after_it_has_failed(ours: Make, tmp_path: Path) -> None:
     checkpoint = counting(1.0)
     m = ours(checkpoint, None)
@@ -302,6 +307,7 @@ def test_blocking_says_what_was_not_saved(ours: Make, monkeypatch: pytest.Monkey
         m.save()
 
 
+@pytest.mark.slow
 def test_a_start_that_fails_is_left(ours: Make) -> None:
     first = ours(tf.train.Checkpoint(v=tf.Variable([1.0, 2.0])), None)
     first.save()
@@ -316,6 +322,7 @@ def test_a_start_that_fails_is_left(ours: Make) -> None:
     assert value_of(path) == 3
 
 
+@pytest.mark.slow
 def test_workers_that_look_at_different_moments_look_again(
     ours: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -342,6 +349,7 @@ def test_workers_that_look_at_different_moments_look_again(
     assert sorted(looks) == [0, 0, 1, 1]
 
 
+@pytest.mark.slow
 def test_a_store_without_exclusive_writes_is_left_to_the_coordinator(
     ours: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -377,6 +385,7 @@ def test_callbacks_are_called_after_the_commit(manager: Make) -> None:
     assert told == [(path, True)]
 
 
+@pytest.mark.slow
 def test_callbacks_of_a_start_that_is_over_are_not_called_for_another(ours: Make) -> None:
     m = ours(counting())
     told: list[str] = []
@@ -387,6 +396,7 @@ def test_callbacks_of_a_start_that_is_over_are_not_called_for_another(ours: Make
     assert told == []
 
 
+@pytest.mark.slow
 def test_a_damaged_one_is_left_out(ours: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     checkpoint = counting()
     m = ours(checkpoint)
