@@ -86,7 +86,7 @@ class Checkpointer:
         storage_options: for the fsspec file system.
         single_coordinator: allow a store that cannot create objects exclusively; see `open_store`.
         handle_sigterm: the first SIGTERM has all workers save and stop, see `preempted`, and does not end this process;
-            where this is made in the main thread and the program has no handler of its own.
+            where this is made in the main thread, and neither the program nor JAX's preemption service has a handler.
 
     Raises:
         UsageError, MissingExtraError: settings that cannot work; no URL outside of Ray Train.

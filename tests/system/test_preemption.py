@@ -54,13 +54,19 @@ def leaving(ray_cluster: Cluster) -> Iterator[str]:
         ray_cluster.remove_node(added)
 
 
-@pytest.mark.xdist_group("ray")
-def test_a_drained_host_has_all_save_and_stop_before_it_goes(crew: Crew, leaving: str, tmp_path: Path) -> None:
-    job = Job(Crew([crew.hosts[0], leaving]), tmp_path / "run").start(2)
+def training(crew: Crew, node: str, folder: Path) -> tuple[Job, list[Any]]:
+    """Two ranks that have made some steps, the second one on this host; and their loops, which end when told to."""
+    job = Job(Crew([crew.hosts[0], node]), folder / "run").start(2)
     RUNS.add(run_id(job.url))
     job.all("restore")
     loops = job.begin("train", 1, LONG, states.small, 0.01)
     eventually(lambda: job.on(0, "get", "done") > 5, "some steps")
+    return job, loops
+
+
+@pytest.mark.xdist_group("ray")
+def test_a_drained_host_has_all_save_and_stop_before_it_goes(crew: Crew, leaving: str, tmp_path: Path) -> None:
+    job, loops = training(crew, leaving, tmp_path)
     assert not job.on(0, "get", "preempted")
     drain(leaving, NOTICE_S)
     stopped = get(loops)
@@ -81,11 +87,7 @@ def test_a_drained_host_has_all_save_and_stop_before_it_goes(crew: Crew, leaving
 def test_a_preemption_notice_does_as_a_drain(
     crew: Crew, metadata: MetadataServer, leaving: str, tmp_path: Path
 ) -> None:
-    job = Job(Crew([crew.hosts[0], leaving]), tmp_path / "run").start(2)
-    RUNS.add(run_id(job.url))
-    job.all("restore")
-    loops = job.begin("train", 1, LONG, states.small, 0.01)
-    eventually(lambda: job.on(0, "get", "done") > 5, "some steps")
+    job, loops = training(crew, leaving, tmp_path)
     metadata.keys["preempted"] = "TRUE"
     stopped = get(loops)
     assert stopped[0] == stopped[1] != []
@@ -120,11 +122,7 @@ def test_sigterm_to_ray_start_does_as_a_drain(
     crew: Crew, started: tuple[str, subprocess.Popen[bytes]], tmp_path: Path
 ) -> None:
     node, process = started
-    job = Job(Crew([crew.hosts[0], node]), tmp_path / "run").start(2)
-    RUNS.add(run_id(job.url))
-    job.all("restore")
-    loops = job.begin("train", 1, LONG, states.small, 0.01)
-    eventually(lambda: job.on(0, "get", "done") > 5, "some steps")
+    job, loops = training(crew, node, tmp_path)
     process.send_signal(signal.SIGTERM)
     stopped = get(loops)
     assert stopped[0] == stopped[1] != []
