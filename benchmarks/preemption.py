@@ -18,13 +18,13 @@ import numpy as np
 import ray
 import typer
 from ray.cluster_utils import Cluster
-from ray.core.generated import autoscaler_pb2
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from benchmarks import machine
 from benchmarks.report import publish
 from benchmarks.rows import ROOT
 from ray_ckpt import Checkpointer, Slice, checkpoints
+from ray_ckpt.agent.notices import Notice, drain
 
 MIB = 1 << 20
 LIMIT = 0.5
@@ -59,15 +59,6 @@ class Trainer:
         return step, stopped, time.time()
 
 
-def drain(node: str, notice_s: float) -> None:
-    """What an autoscaler does on a preemption notice."""
-    client = ray._raylet.GcsClient(address=ray.get_runtime_context().gcs_address)
-    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-    accepted, why_not = client.drain_node(node, reason, "benchmark", int((time.time() + notice_s) * 1000))
-    if not accepted:
-        raise RuntimeError(f"Ray does not drain the node: {why_not}")
-
-
 def _once(cluster: Cluster, stays: str, url: str, nbytes: int, notice_s: float) -> tuple[float, float]:
     """Seconds from the drain until both loops have ended, and until all is committed."""
     before = {node["NodeID"] for node in ray.nodes()}
@@ -82,7 +73,7 @@ def _once(cluster: Cluster, stays: str, url: str, nbytes: int, notice_s: float) 
         time.sleep(0.1)
     time.sleep(2.0)
     began = time.time()
-    drain(leaves, notice_s)
+    drain(leaves, Notice("the benchmark takes the host away", notice_s))
     ends = ray.get(running)
     steps = {step for step, _, _ in ends}
     found = checkpoints(url)[-1]
