@@ -17,7 +17,7 @@ class Backend(ABC):
 
     exclusive: bool = True
     attempts: int = 6
-    """How often an operation is tried: fewer where the library below retries on its own."""
+    """How often an operation is tried, if its time lasts so long."""
 
     @abstractmethod
     def put(self, path: str, data: memoryview) -> None:

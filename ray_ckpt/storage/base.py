@@ -64,12 +64,17 @@ class Store(ABC):
     ``url`` is canonical: no trailing slash, no credentials, equal for equal places. ``exclusive`` says
     whether `put_if_absent` and `replace_if` hold against any number of processes.
 
+    Every method comes back, or raises, within ``timeout_s`` and a second for each megabyte that it moves; a conditional
+    write that got no answer takes as long again to read back what became of it. A call that hangs in the kernel or in
+    a library cannot be ended: it is left to itself, and may still do its work, or fill its buffer, after the error.
+
     Every method raises `StorageError` with URL, operation and remedy after its retries are spent, and
     `UsageError` for a path that is not a plain relative one.
     """
 
     url: str
     exclusive: bool
+    timeout_s: float
 
     @abstractmethod
     def put(self, path: str, data: BytesLike) -> None:
@@ -77,7 +82,7 @@ class Store(ABC):
 
     @abstractmethod
     def create(self, path: str) -> ObjectWriter:
-        """Write an object piece by piece. Not retried: after an error, write another path."""
+        """Write an object piece by piece. Not retried as a whole: after an error, write another path."""
 
     @abstractmethod
     def put_if_absent(self, path: str, data: bytes) -> bool:

@@ -14,27 +14,22 @@ from typing import Any
 
 from ray_ckpt.storage.remote import BLOCK_NBYTES, RemoteBackend
 
-REQUEST_TIMEOUT_S = 120.0
-"""Longest time one request may take; gcsfs itself has no limit."""
-
 
 class GcsBackend(RemoteBackend):
     """Objects of one bucket below one folder."""
 
-    attempts = 2  # gcsfs itself tries each request six times, with waits of up to 32 s
-
     def connect(self) -> Any:
-        # The plain class: the experimental one asks the service for the bucket's kind before each
-        # operation, and ignores conditional creation on zonal buckets.
-        from gcsfs.core import GCSFileSystem
+        from ray_ckpt.storage.gcs_requests import PatientGCSFileSystem, silence
 
-        defaults: dict[str, Any] = {"requests_timeout": REQUEST_TIMEOUT_S}
+        defaults: dict[str, Any] = {"requests_timeout": silence(self.timeout_s)}
         if "endpoint_url" not in self.options and "STORAGE_EMULATOR_HOST" not in os.environ:
             # gcsfs falls back to anonymous access without a word; this one says what is missing.
             defaults["token"] = "google_default"
         options = {**defaults, **self.options}
         # A cached listing hides what other writers made since.
-        return GCSFileSystem(**{**options, "use_listings_cache": False, "skip_instance_cache": True})
+        fs = PatientGCSFileSystem(**{**options, "use_listings_cache": False, "skip_instance_cache": True})
+        fs.patience_s = self.timeout_s
+        return fs
 
     def put(self, path: str, data: memoryview) -> None:
         if len(data) < BLOCK_NBYTES:

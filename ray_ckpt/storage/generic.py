@@ -13,15 +13,17 @@ import fsspec
 
 from ray_ckpt.storage.base import BytesLike, ObjectWriter
 from ray_ckpt.storage.remote import RemoteBackend
+from ray_ckpt.storage.retry import TIMEOUT_S
 
 
 class GenericBackend(RemoteBackend):
     """Objects below a folder of an fsspec file system of whatever kind."""
 
     exclusive = False
+    attempts = 6  # what is below may try again on its own
 
-    def __init__(self, url: str, options: Mapping[str, Any]) -> None:
-        super().__init__("", options)
+    def __init__(self, url: str, options: Mapping[str, Any], timeout_s: float = TIMEOUT_S) -> None:
+        super().__init__("", options, timeout_s)
         self._url = url
 
     def connect(self) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ray_ckpt.storage.backend import Backend
 from ray_ckpt.storage.base import BytesLike, Listing, ObjectInfo, ObjectWriter
+from ray_ckpt.storage.retry import TIMEOUT_S
 
 BLOCK_NBYTES = 32 << 20
 """Size of one request when streaming: bounds the memory a writer or reader takes."""
@@ -22,9 +23,12 @@ class RemoteBackend(Backend):
     thread, which a forked process does not have.
     """
 
-    def __init__(self, root: str, options: Mapping[str, Any]) -> None:
+    attempts = 1000  # the deadline comes first
+
+    def __init__(self, root: str, options: Mapping[str, Any], timeout_s: float = TIMEOUT_S) -> None:
         self.root = root
         self.options = dict(options)
+        self.timeout_s = timeout_s
         self._made: tuple[int, Any] | None = None
 
     @abstractmethod

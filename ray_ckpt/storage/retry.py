@@ -1,21 +1,32 @@
-"""Retries of storage operations, in one place: what is worth another try, how often and when."""
+"""Retries of storage operations, in one place: what is worth another try, how often, when, and until when."""
 
 from __future__ import annotations
 
 import asyncio
 import errno
 import logging
+import threading
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NotDoneError
+from typing import Any, TypeVar
 
 import tenacity
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
+TIMEOUT_S = 120.0
+"""How long an operation may take with all its retries, unless ``storage_options`` say otherwise."""
+
+SLOWEST = 1e6
+"""Bytes a second: so much longer may one take that moves bytes."""
+
 FIRST_WAIT_S = 0.2
 LONGEST_WAIT_S = 10.0
+_LONG_S = 5.0
+"""From then on the log warns of tries."""
 
 _ERRNOS = {
     errno.EAGAIN,
@@ -32,9 +43,24 @@ _CLASSES = {
     ("aiohttp", "ClientError"),
     ("botocore", "HTTPClientError"),
     ("botocore", "ConnectionError"),
+    ("gcsfs", "ChecksumError"),
     ("requests", "RequestException"),
     ("urllib3", "HTTPError"),
 }
+
+
+class HangsError(TimeoutError):
+    """A call has not come back in time. Nothing can end it: it may still do its work later."""
+
+
+class GaveUpError(Exception):
+    """The time or the tries are spent. ``error`` is what came of the last try that came back."""
+
+    def __init__(self, error: Exception, tries: int, seconds_s: float) -> None:
+        super().__init__(f"{tries} tries in {seconds_s:.1f} s")
+        self.error = error
+        self.tries = tries
+        self.seconds_s = seconds_s
 
 
 def is_transient(error: BaseException) -> bool:
@@ -43,26 +69,90 @@ def is_transient(error: BaseException) -> bool:
         return True
     if any((c.__module__.partition(".")[0], c.__name__) in _CLASSES for c in type(error).__mro__):
         return True
-    if str(getattr(error, "code", "")) in _HTTP_CODES:
+    code = str(getattr(error, "code", ""))
+    if code in _HTTP_CODES or (code == "401" and "Invalid Credentials" in str(error)):  # GCS: the token has expired
+        return True
+    if getattr(error, "retryable", False) is True:  # google.auth says so itself
         return True
     return isinstance(error, OSError) and error.errno in _ERRNOS
 
 
-def retrying(call: Callable[[], T], what: str, attempts: int, sleep: Callable[[float], None] = time.sleep) -> T:
-    """The call's result, tried up to ``attempts`` times with growing, jittered waits between.
+def deadline_s(timeout_s: float, nbytes: int) -> float:
+    """How long an operation that moves so many bytes may take."""
+    return timeout_s + nbytes / SLOWEST
 
-    Raises the last error as it came.
-    """
+
+def policy(what: str, attempts: int, timeout_s: float) -> dict[str, Any]:
+    """The settings of `tenacity` that all retries share: jittered waits that grow, none of them past the deadline."""
 
     def report(state: tenacity.RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
-        logger.info("%s: %s, trying again", what, type(error).__name__)
+        level = logging.WARNING if (state.seconds_since_start or 0.0) > _LONG_S else logging.INFO
+        logger.log(level, "%s: %s, trying again", what, type(error).__name__)
 
-    return tenacity.Retrying(
-        retry=tenacity.retry_if_exception(is_transient),
-        wait=tenacity.wait_random_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S),
-        stop=tenacity.stop_after_attempt(attempts),
-        sleep=sleep,
-        before_sleep=report,
-        reraise=True,
-    )(call)
+    return {
+        "retry": tenacity.retry_if_exception(is_transient),
+        "wait": tenacity.wait_random_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S),
+        "stop": tenacity.stop_after_attempt(attempts) | tenacity.stop_before_delay(timeout_s),
+        "before_sleep": report,
+        "reraise": True,
+    }
+
+
+def retrying(
+    call: Callable[[], T], what: str, attempts: int, timeout_s: float, sleep: Callable[[float], None] = time.sleep
+) -> T:
+    """The call's result, tried up to ``attempts`` times and ``timeout_s`` in all.
+
+    Raises:
+        GaveUpError: no try succeeded.
+        Exception: another try would not help; as it came.
+    """
+    began = time.monotonic()
+    tries = 0
+    last: Exception | None = None
+
+    def once() -> T:
+        nonlocal tries, last
+        tries += 1
+        try:
+            return within(max(began + timeout_s - time.monotonic(), 0.0), call)
+        except HangsError:
+            raise
+        except Exception as error:
+            last = error
+            raise
+
+    try:
+        return tenacity.Retrying(sleep=sleep, **policy(what, attempts, timeout_s))(once)
+    except Exception as error:
+        if not is_transient(error):
+            raise
+        raise GaveUpError(last or error, tries, time.monotonic() - began) from None
+
+
+def within(timeout_s: float, call: Callable[[], T]) -> T:
+    """The call's result if it comes in time. A thread for each: what hangs in one must not keep others waiting.
+
+    Raises:
+        HangsError: it does not; the thread is left to itself.
+    """
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(call())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    thread = threading.Thread(target=run, name="ray-ckpt-storage", daemon=True)
+    thread.start()
+    try:
+        error = outcome.exception(timeout_s)
+    except NotDoneError:
+        raise HangsError(f"not done within {timeout_s:.1f} s") from None
+    # It is at its end, but may still hold the buffer that it was given.
+    thread.join()
+    if error is not None:
+        raise error
+    return outcome.result()

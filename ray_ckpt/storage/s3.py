@@ -12,22 +12,26 @@ from typing import Any
 from fsspec.asyn import sync
 
 from ray_ckpt.storage.remote import BLOCK_NBYTES, RemoteBackend
+from ray_ckpt.storage.requests import SILENCE
 
 
 class S3Backend(RemoteBackend):
     """Objects of one bucket below one folder."""
 
     def connect(self) -> Any:
-        from s3fs import S3FileSystem
+        from ray_ckpt.storage.s3_requests import PatientS3FileSystem
 
         options = {**self.options, "use_listings_cache": False, "skip_instance_cache": True}
         # All retries are in one place, `retry`; two more layers below it would multiply the waits.
         options["config_kwargs"] = {
             "retries": {"total_max_attempts": 1},
+            "connect_timeout": SILENCE * self.timeout_s,
+            "read_timeout": SILENCE * self.timeout_s,
             **options.get("config_kwargs", {}),
         }
-        fs = S3FileSystem(**options)
+        fs = PatientS3FileSystem(**options)
         fs.retries = 1
+        fs.patience_s = self.timeout_s
         return fs
 
     def put(self, path: str, data: memoryview) -> None:

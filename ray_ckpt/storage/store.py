@@ -12,7 +12,7 @@ from typing import Any, NoReturn, TypeVar
 from ray_ckpt.errors import DamagedError, ObjectMissingError, StorageError, UnsafeStoreError
 from ray_ckpt.storage.backend import Backend
 from ray_ckpt.storage.base import BytesLike, Listing, ObjectWriter, Store, checked_path, flat
-from ray_ckpt.storage.retry import is_transient, retrying
+from ray_ckpt.storage.retry import TIMEOUT_S, GaveUpError, deadline_s, retrying, within
 from ray_ckpt.storage.translate import translated
 from ray_ckpt.types import PRIVATE_DIR
 
@@ -30,6 +30,7 @@ class BackedStore(Store):
         options: Mapping[str, Any],
         rebuild: tuple[Callable[..., Store], tuple[Any, ...]],
         *,
+        timeout_s: float = TIMEOUT_S,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.url = url
@@ -37,6 +38,7 @@ class BackedStore(Store):
         self.backend = backend
         self.options = dict(options)
         self.rebuild = rebuild
+        self.timeout_s = timeout_s
         self._sleep = sleep
 
     def __repr__(self) -> str:
@@ -47,12 +49,12 @@ class BackedStore(Store):
 
     def put(self, path: str, data: BytesLike) -> None:
         view = flat(data)
-        self._do(f"put {path!r}", lambda: self.backend.put(checked_path(path), view), writes=True)
+        self._do(f"put {path!r}", lambda: self.backend.put(checked_path(path), view), view.nbytes, writes=True)
 
     def create(self, path: str) -> ObjectWriter:
         operation = f"create {path!r}"
         writer = self._do(operation, lambda: self.backend.create(checked_path(path)), writes=True)
-        return _TranslatingWriter(writer, operation, partial(self._fail, writes=True))
+        return _BoundedWriter(writer, operation, self.timeout_s, partial(self._fail, writes=True))
 
     def put_if_absent(self, path: str, data: bytes) -> bool:
         checked_path(path)
@@ -61,9 +63,11 @@ class BackedStore(Store):
             self._retry(operation, lambda: self.backend.put_if_absent(path, data))
         except FileExistsError:
             return self._holds(path, data) is True
-        except Exception as error:
-            if is_transient(error) and (held := self._holds(path, data)) is not None:
+        except GaveUpError as error:
+            if (held := self._holds(path, data)) is not None:
                 return held
+            self._fail(error, operation, writes=True)
+        except Exception as error:
             self._fail(error, operation, writes=True)
         return True
 
@@ -85,10 +89,12 @@ class BackedStore(Store):
             self._retry(operation, lambda: self.backend.replace_if(path, data, version))
         except (FileExistsError, FileNotFoundError):
             return self._holds(path, data) is True
-        except Exception as error:
+        except GaveUpError as error:
             # Other bytes prove nothing here: the old ones may simply still be there.
-            if is_transient(error) and self._holds(path, data):
+            if self._holds(path, data):
                 return True
+            self._fail(error, operation)
+        except Exception as error:
             self._fail(error, operation)
         return True
 
@@ -98,7 +104,7 @@ class BackedStore(Store):
             self.size(path)
             return
         try:
-            self._do(f"read {path!r}", lambda: self.backend.read_into(checked_path(path), start, view))
+            self._do(f"read {path!r}", lambda: self.backend.read_into(checked_path(path), start, view), view.nbytes)
         except EOFError:
             raise DamagedError(
                 f"{path!r} in {self.url} ends too early: expected bytes {start} to {start + view.nbytes},"
@@ -154,13 +160,14 @@ class BackedStore(Store):
         except ObjectMissingError:
             return None
 
-    def _retry(self, operation: str, call: Callable[[], T]) -> T:
-        return retrying(call, f"{operation} in {self.url}", self.backend.attempts, self._sleep)
+    def _retry(self, operation: str, call: Callable[[], T], nbytes: int = 0) -> T:
+        time_s = deadline_s(self.timeout_s, nbytes)
+        return retrying(call, f"{operation} in {self.url}", self.backend.attempts, time_s, self._sleep)
 
-    def _do(self, operation: str, call: Callable[[], T], *, writes: bool = False) -> T:
+    def _do(self, operation: str, call: Callable[[], T], nbytes: int = 0, *, writes: bool = False) -> T:
         """The call with retries and its errors translated; `EOFError` is left to `read_into`."""
         try:
-            return self._retry(operation, call)
+            return self._retry(operation, call, nbytes)
         except EOFError:
             raise
         except Exception as error:
@@ -171,37 +178,47 @@ class BackedStore(Store):
         raise raised from raised.__cause__
 
 
-class _TranslatingWriter(ObjectWriter):
-    """Gives the errors of a backend's writer in our terms, and ends it exactly once."""
+class _BoundedWriter(ObjectWriter):
+    """Gives each call of a backend's writer its time and its errors in our terms, and ends it exactly once."""
 
-    def __init__(self, inner: ObjectWriter, operation: str, fail: Callable[[Exception, str], NoReturn]) -> None:
+    def __init__(
+        self, inner: ObjectWriter, operation: str, timeout_s: float, fail: Callable[[Exception, str], NoReturn]
+    ) -> None:
         self._inner = inner
         self._operation = operation
+        self._timeout_s = timeout_s
         self._fail = fail
+        self._nbytes = 0
         self._ended = False
 
     def write(self, data: BytesLike) -> None:
-        try:
-            self._inner.write(flat(data))
-        except Exception as error:
-            self._fail(error, self._operation)
+        view = flat(data)
+        self._nbytes += view.nbytes
+        self._do(lambda: self._inner.write(view), view.nbytes)
 
     def commit(self) -> None:
         if self._ended:
             return
         try:
-            self._inner.commit()
+            # Only now may all of it go to the disk.
+            self._do(self._inner.commit, self._nbytes)
             self._ended = True
-        except Exception as error:
+        except Exception:
             self.abort()
-            self._fail(error, self._operation)
+            raise
 
     def abort(self) -> None:
         if self._ended:
             return
         self._ended = True
         try:
-            self._inner.abort()
+            within(self._timeout_s, self._inner.abort)
         except Exception as error:
             # What is left over is invisible, and the reason for the abort is what the caller must see.
             logger.warning("%s: could not clean up: %s", self._operation, type(error).__name__)
+
+    def _do(self, call: Callable[[], None], nbytes: int) -> None:
+        try:
+            within(deadline_s(self._timeout_s, nbytes), call)
+        except Exception as error:
+            self._fail(error, self._operation)

@@ -8,9 +8,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ray_ckpt.errors import ObjectMissingError, RayCkptError, StorageError
-from ray_ckpt.storage.retry import is_transient
+from ray_ckpt.storage.retry import GaveUpError, is_transient
 
 HIDDEN = "***"
+_STILL_FAILING = "still failing after {}: check the network and the storage service"
 
 _REMEDIES = {
     errno.ENOSPC: "the file system is full: free space or keep fewer checkpoints",
@@ -50,7 +51,7 @@ def remedy(error: BaseException) -> str:
     if "DefaultCredentials" in type(error).__name__ or "NoCredentials" in type(error).__name__:
         return "no credentials were found: log in on this host or pass them in storage_options"
     if is_transient(error):
-        return "still failing after all retries: check the network and the storage service"
+        return _STILL_FAILING.format("all retries")
     return "check the directory and the storage service"
 
 
@@ -60,13 +61,23 @@ def translated(
     """The error to raise in its place; its cause is kept only where that shows no credential."""
     if isinstance(error, RayCkptError):
         return error
+    if isinstance(error, GaveUpError):
+        advice = _gave_up(error)
+        error = error.error
+    else:
+        advice = remedy(error)
     text = str(error)
     shown = redacted(text, options)
     if not isinstance(error, FileNotFoundError):
-        result = StorageError(f"{operation} in {url}: {remedy(error)} ({type(error).__name__}: {shown})")
+        result = StorageError(f"{operation} in {url}: {advice} ({type(error).__name__}: {shown})")
     elif writes:
         result = StorageError(f"{operation} in {url}: the bucket or directory does not exist: create it")
     else:
         result = ObjectMissingError(f"{operation} in {url}: there is no such object")
     result.__cause__ = error if shown == text else None
     return result
+
+
+def _gave_up(error: GaveUpError) -> str:
+    tried = "1 try" if error.tries == 1 else f"{error.tries} tries"
+    return _STILL_FAILING.format(f"{tried} in {error.seconds_s:.1f} s")

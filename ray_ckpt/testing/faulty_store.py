@@ -71,7 +71,14 @@ class FaultyStore(BackedStore):
             raise TypeError(f"faults need a store made by open_store, found {type(inner).__name__}")
         self.faults = FaultyBackend(inner.backend, plan)
         # Waiting between attempts adds nothing to a test.
-        super().__init__(inner.url, self.faults, inner.options, inner.rebuild, sleep=lambda _: None)
+        super().__init__(
+            inner.url,
+            self.faults,
+            inner.options,
+            inner.rebuild,
+            timeout_s=inner.timeout_s,
+            sleep=lambda _: None,
+        )
 
     @property
     def calls(self) -> list[tuple[str, str]]:
