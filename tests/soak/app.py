@@ -7,17 +7,18 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 
 from tests.soak.hosts import Hosts, hosts, logs
-from tests.soak.plan import plans
+from tests.soak.plan import RunPlan, StoreKind, plans
 from tests.soak.run import Run, Stuck
-from tests.soak.stores import FolderStore
+from tests.soak.stores import Stores
 from tests.soak.tally import Tally
 from tests.soak.witness import Witness, witness
 from tests.system.waiting import pause
@@ -33,6 +34,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def soak(
     minutes: Annotated[float, typer.Option(min=0.1, help="how long things happen; start and end come on top")] = 10,
     seed: Annotated[int | None, typer.Option(help="of the plan of events; by default another one each time")] = None,
+    store: Annotated[
+        Literal["file", "gs", "both"], typer.Option(help="where runs save: on disk, in a bucket")
+    ] = "both",
 ) -> None:
     """Kill everything that a job on four hosts consists of, again and again, while an oracle looks at its files."""
     chosen = random.randrange(2**16) if seed is None else seed
@@ -42,7 +46,7 @@ def soak(
     tally = Tally(console, chosen)
     folder = Path(tempfile.mkdtemp(prefix="ray_ckpt-soak-"))
     with (folder / "ray.log").open("w") as said, redirect_stdout(said), redirect_stderr(said):
-        _watched(tally, folder, 60 * minutes)
+        _watched(tally, folder, ("file", "gs") if store == "both" else (store,), 60 * minutes)
     console.print(tally.table())
     if tally.violations:
         console.print("\n".join(["the last events:", *tally.story]), markup=False, highlight=False)
@@ -52,23 +56,30 @@ def soak(
     shutil.rmtree(folder)
 
 
-def _watched(tally: Tally, folder: Path, seconds_s: float) -> None:
-    with witness(folder / "oracle.log") as oracle, hosts() as cluster:
+def _watched(tally: Tally, folder: Path, kinds: Sequence[StoreKind], seconds_s: float) -> None:
+    with witness(folder / "oracle.log") as oracle, hosts() as cluster, Stores(folder) as stores:
         try:
-            play(cluster, oracle, tally, folder, seconds_s)
+            play(cluster, oracle, tally, folder, stores, plans(tally.seed, kinds), seconds_s)
         finally:
             if tally.violations:
                 shutil.copytree(logs(), folder / "ray-logs", ignore=shutil.ignore_patterns("*.sock"))
 
 
-def play(cluster: Hosts, oracle: Witness, tally: Tally, folder: Path, seconds_s: float) -> None:
+def play(
+    cluster: Hosts,
+    oracle: Witness,
+    tally: Tally,
+    folder: Path,
+    stores: Stores,
+    planned: Iterable[RunPlan],
+    seconds_s: float,
+) -> None:
     """Run after run until the time is over, then see to it that nothing is left of them."""
     tally.began = time.monotonic()
     until = tally.began + seconds_s
     played: list[Run] = []
-    for plan in plans(tally.seed):
-        store = FolderStore(folder / f"run{plan.number}")
-        run = Run(plan, store, cluster, oracle, tally, folder / f"told{plan.number}")
+    for plan in planned:
+        run = Run(plan, stores.make(plan), cluster, oracle, tally, folder / f"told{plan.number}")
         played.append(run)
         try:
             run.play(until)

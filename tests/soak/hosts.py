@@ -152,7 +152,8 @@ def hosts() -> Iterator[Hosts]:
     found: Hosts | None = None
     try:
         head = {"num_cpus": 2, "object_store_memory": _STORE_NBYTES, "include_dashboard": False}
-        cluster = Cluster(initialize_head=True, head_node_args=head)
+        # Without its handlers of signals, which only the main thread may set: hosts are added in another one.
+        cluster = Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=False)
         found = Hosts(cluster, memory)
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
         yield found

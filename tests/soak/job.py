@@ -136,8 +136,7 @@ class Job:
                 rank.host.idle.append(rank.actor)
             elif kill(rank.pid):
                 rank.killed = True
-                self.tally.processes += 1
-                self.tally.kills["trainer that waits for a lost one"] += 1
+                self.tally.waiting += 1
         self.ranks = []
 
     def finish(self) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any, Literal
 
 Kind = Literal["trainer", "all trainers", "agent", "writer", "coordinator", "host", "storage", "resize"]
 Wait = Literal["commit", "restore", "nothing"]
+StoreKind = Literal["file", "gs"]
 
 KINDS: dict[Kind, int] = {
     "trainer": 4,
@@ -23,7 +24,8 @@ KINDS: dict[Kind, int] = {
 """How often each happens in a round."""
 
 WORLDS = (1, 2, 3, 4, 4, 5, 6)
-RUN_EVENTS = 12
+SIZES = (16, 64, 64, 2400)
+RUN_EVENTS = 20
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class RunPlan:
 
     number: int
     seed: int
+    store: StoreKind
     columns: int
     pace_s: float
     world: int
@@ -56,7 +59,9 @@ class RunPlan:
     events: tuple[Event, ...]
 
 
-def plans(seed: int, sizes: tuple[int, ...] = (16, 64, 64, 2400), events: int = RUN_EVENTS) -> Iterator[RunPlan]:
+def plans(
+    seed: int, stores: Sequence[StoreKind] = ("file", "gs"), sizes: Sequence[int] = SIZES, events: int = RUN_EVENTS
+) -> Iterator[RunPlan]:
     """Runs without end. ``sizes``: in columns, see `Model`; every kind of event comes in its turn."""
     rng = Random(seed)
     kinds = _shuffled(rng)
@@ -66,6 +71,7 @@ def plans(seed: int, sizes: tuple[int, ...] = (16, 64, 64, 2400), events: int = 
         yield RunPlan(
             number=number,
             seed=rng.randrange(2**31),
+            store=stores[number % len(stores)],
             columns=rng.choice(sizes),
             pace_s=rng.uniform(0.01, 0.04),
             world=rng.choice(WORLDS),

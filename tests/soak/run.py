@@ -31,6 +31,7 @@ _LOOK_S = 0.4
 _TICK_S = 0.05
 _PROGRESS_S = 20.0
 _RANKS_A_HOST = 2
+_ARTICLES: dict[Kind, str] = {"agent": "an agent", "writer": "a writer", "coordinator": "the coordinator"}
 
 
 class Stuck(Exception):
@@ -225,7 +226,7 @@ class Run:
             "coordinator": lambda: strike.kill_coordinator(url),
         }[kind]()
         if killed:
-            self._count(kind, 1, f"the {kind}" if kind == "coordinator" else f"a {kind}")
+            self._count(kind, 1, _ARTICLES[kind])
         else:
             self._tell(f"no {kind} was there to be killed")
 

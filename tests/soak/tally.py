@@ -24,6 +24,7 @@ class Tally:
     restores: Counter[str] = field(default_factory=Counter)
     stops: Counter[str] = field(default_factory=Counter)
     processes: int = 0
+    waiting: int = 0
     committed: int = 0
     abandoned: int = 0
     verified: int = 0
@@ -69,11 +70,12 @@ class Tally:
                 table.add_row(f"  {kind}", str(count))
         rows = {
             "processes ended by kills": self.processes,
+            "processes that waited for a killed one, killed by the launcher": self.waiting,
             "saves committed": self.committed,
             "saves abandoned": self.abandoned,
             "checkpoints read whole by the oracle": self.verified,
             "starts of the job": self.starts,
-            "starts that failed in a fault": self.failed_starts,
+            "starts that were struck before all ranks had restored": self.failed_starts,
             "runs (directories)": self.runs,
         }
         for name, count in rows.items():
