@@ -1,13 +1,14 @@
 """At which step do all workers save (or stop), when no cadence of their own tells them?
 
 The coordinator proposes a step a margin ahead of the fastest worker. Every rank accepts only if its loop has not
-reached the step; once all have accepted, it is decided. A refusal drops the proposal and doubles the margin. A rank
-whose stride has jumped over a decided step refuses it too: then it is dropped, and what it was for proposed again.
+reached the step; once all have accepted, it is decided. A refusal drops the proposal and doubles the margin, which
+goes back to what was needed once one was accepted. A rank whose stride has jumped over a decided step refuses it
+too: then it is dropped, and what it was for proposed again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from ray_ckpt.policy import align, crosses, first_crossing
@@ -17,6 +18,9 @@ from ray_ckpt.protocol.pace import WATCHED_S
 from ray_ckpt.protocol.saves import Saves
 
 _MARGIN_MAX = 1 << 20
+_MARGIN_SMALL = 8
+"""Steps that are not worth a refusal."""
+
 _OPEN_MAX_S = 60.0
 _KEPT = 16
 _AHEAD_S = 2 * WATCHED_S
@@ -37,14 +41,15 @@ class Cut:
         self.requests: dict[str, str] = {}
         self.request_outcomes: dict[str, SaveOutcome] = {}
         self.stepped: Callable[[], float] = lambda: self._ledger.now
-        self._margin = 1
         self.reset()
 
     def reset(self) -> None:
         """A new generation starts: nothing proposed to an older one counts."""
         self.proposals: dict[str, Proposal] = {}
         self.stop: Proposal | None = None
+        self._margin = 1
         self._entered: dict[str, float] = {}
+        self._asked_at: dict[str, int] = {}
         self._request_steps: dict[str, int] = {}
         self._armed_step = -1
         self._timer: float | None = None
@@ -167,6 +172,7 @@ class Cut:
             self._drop(proposal)
         elif asked and accepted >= world_size - len(gone):
             self._decide(proposal)
+            self._shrink_margin(proposal, asked)
         elif self._ledger.now > self._entered[proposal.id] + _OPEN_MAX_S:
             self._drop(proposal)
 
@@ -201,15 +207,21 @@ class Cut:
 
     def _decide(self, proposal: Proposal) -> None:
         self.proposals[proposal.id] = replace(proposal, state="decided")
-        self._margin = max(self._margin - self._margin // 8, 1)
         self._timer = self._ledger.now
         self._forget_old()
+
+    def _shrink_margin(self, proposal: Proposal, asked: Iterable[WorkerReport]) -> None:
+        """After one hitch of seconds the margin would let saves wait for as long for many saves to come."""
+        reached, stride = max(r.reached for r in asked), max(r.stride for r in asked)
+        needed = (reached - self._asked_at.get(proposal.id, reached)) // max(stride, 1) + 1
+        self._margin = max(min(self._margin - self._margin // 8, max(2 * needed, _MARGIN_SMALL)), 1)
 
     def _forget_old(self) -> None:
         closed = [p.id for p in self.proposals.values() if p.state != "open"]
         for proposal_id in closed[:-_KEPT]:
             del self.proposals[proposal_id]
             self._entered.pop(proposal_id, None)
+            self._asked_at.pop(proposal_id, None)
 
     def _is_over(self, config: JobConfig, world_size: int, reports: Reports) -> bool:
         """Whether no rank will take a further step. Those that nobody has heard of have left before this coordinator
@@ -256,13 +268,13 @@ class Cut:
         told = max(r.step for r in reports.values())
         origin = told if told >= 0 else seen
         if self.stop is not None:
-            self._open(replace(self.stop, step=align(earliest, origin, stride)))
+            self._open(replace(self.stop, step=align(earliest, origin, stride)), seen)
             return
         if len(self._saves.active) >= config.slots:
             return
         step = self._wanted_step(config, seen, origin, earliest, stride)
         if step is not None:
-            self._open(Proposal("", step, reason=self._reason(config)))
+            self._open(Proposal("", step, reason=self._reason(config)), seen)
 
     @property
     def _stopping(self) -> bool:
@@ -295,11 +307,12 @@ class Cut:
             return "; ".join(dict.fromkeys(self.requests.values()))
         return f"every {config.save_secs} s" if config.save_secs else f"every {config.save_steps} steps"
 
-    def _open(self, proposal: Proposal) -> None:
+    def _open(self, proposal: Proposal, seen: int) -> None:
         self._count += 1
         proposal = replace(proposal, id=f"p{self._ledger.epoch:06d}-{self._count:06d}")
         self.proposals[proposal.id] = proposal
         self._entered[proposal.id] = self._ledger.now
+        self._asked_at[proposal.id] = seen
         if proposal.kind == "save":
             for request_id in self.requests:
                 self._request_steps.setdefault(request_id, proposal.step)
