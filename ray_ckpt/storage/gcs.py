@@ -21,7 +21,8 @@ class GcsBackend(RemoteBackend):
     def connect(self) -> Any:
         from ray_ckpt.storage.gcs_requests import PatientGCSFileSystem, silence
 
-        defaults: dict[str, Any] = {"requests_timeout": silence(self.timeout_s)}
+        # A part of an upload that is sent again is ignored by the service; the size proves it.
+        defaults: dict[str, Any] = {"requests_timeout": silence(self.timeout_s), "consistency": "size"}
         if "endpoint_url" not in self.options and "STORAGE_EMULATOR_HOST" not in os.environ:
             # gcsfs falls back to anonymous access without a word; this one says what is missing.
             defaults["token"] = "google_default"

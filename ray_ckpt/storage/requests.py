@@ -35,7 +35,9 @@ async def send(request: Callable[[], Awaitable[T]], what: str, timeout_s: float,
         seconds_s = deadline_s(limit_s, len(data) if isinstance(data, (bytes, bytearray, memoryview)) else 0)
         try:
             return await asyncio.wait_for(request(), seconds_s)
-        except asyncio.TimeoutError:
+        except asyncio.TimeoutError as error:
+            if str(error):
+                raise  # the library's own
             # Not a TimeoutError: fsspec would take the text away.
             raise ConnectionAbortedError(f"no answer to a request within {seconds_s:.1f} s") from None
 

@@ -6,6 +6,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any, NoReturn, TypeVar
 
@@ -64,8 +65,9 @@ class BackedStore(Store):
         except FileExistsError:
             return self._holds(path, data) is True
         except GaveUpError as error:
-            if (held := self._holds(path, data)) is not None:
-                return held
+            with suppress(StorageError):
+                if (held := self._holds(path, data)) is not None:
+                    return held
             self._fail(error, operation, writes=True)
         except Exception as error:
             self._fail(error, operation, writes=True)
@@ -91,8 +93,9 @@ class BackedStore(Store):
             return self._holds(path, data) is True
         except GaveUpError as error:
             # Other bytes prove nothing here: the old ones may simply still be there.
-            if self._holds(path, data):
-                return True
+            with suppress(StorageError):
+                if self._holds(path, data):
+                    return True
             self._fail(error, operation)
         except Exception as error:
             self._fail(error, operation)
