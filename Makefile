@@ -58,8 +58,8 @@ bench: $(BENCH_STAMP) ## measure against the alternatives, about two hours
 bench-quick: $(BENCH_STAMP) ## is it as fast as it was? under 3 minutes
 	$(BENCH_BIN)/python -m benchmarks.quick
 
-soak: $(STAMP) ## long random runs, until stopped or done
-	$(BIN)/python -m pytest -m soak --timeout=0
+soak: $(STAMP) ## kill everything for MINUTES (10) by a plan from SEED, while an oracle looks
+	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED))
 
 clean: ## remove everything that make made
 	rm -rf $(VENV) $(BENCH_VENV) build dist demo-output bench-data *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -39,6 +40,7 @@ def soak(
     ] = "both",
 ) -> None:
     """Kill everything that a job on four hosts consists of, again and again, while an oracle looks at its files."""
+    signal.signal(signal.SIGTERM, _interrupt)
     chosen = random.randrange(2**16) if seed is None else seed
     # With its own file, it goes on writing there while Ray's reports of what was killed go elsewhere.
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else _PIPE_WIDTH, log_path=False)
@@ -54,6 +56,10 @@ def soak(
         console.print(f"journals, checkpoints and logs are in {folder}; again: make soak SEED={chosen}")
         raise typer.Exit(1)
     shutil.rmtree(folder)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _watched(tally: Tally, folder: Path, kinds: Sequence[StoreKind], seconds_s: float) -> None:
@@ -80,12 +86,12 @@ def play(
     played: list[Run] = []
     for plan in planned:
         run = Run(plan, stores.make(plan), cluster, oracle, tally, folder / f"told{plan.number}")
-        played.append(run)
         try:
             run.play(until)
         except Stuck:
             run.abandon()
             break
+        played.append(run)
         if time.monotonic() > until:
             break
     cluster.settle()
@@ -99,5 +105,7 @@ def _await_nothing(played: list[Run], cluster: Hosts, tally: Tally) -> None:
     while left and time.monotonic() < end:
         pause(1.0)
         left = [thing for run in played for thing in run.left(cluster)]
+    for run in played:
+        run.judge_end()
     for thing in left:
         tally.violated(f"{thing} is left {LEFT_S:.0f} s after the end")

@@ -60,7 +60,7 @@ class Oracle:
         return finding
 
     def end(self, last: int) -> Finding:
-        """After a clean end at step ``last``: it is the newest, and TensorFlow finds it by itself."""
+        """Some time after a clean end at step ``last``: it is the newest, and TensorFlow finds it by itself."""
         import tensorflow as tf
 
         finding = self.look()
@@ -82,6 +82,7 @@ class Oracle:
         numbers = sorted(int(path.rpartition("/")[2]) for path in self._source.sizes(_LOG))
         if self._sequence and (not numbers or numbers[-1] < self._sequence):
             finding.violations.append(f"the log ended with record {self._sequence}, now it has {numbers[-3:]}")
+            self._sequence = 0
         # Old ones are pruned; between those that are there none may be missing.
         holes = [a + 1 for a, b in itertools.pairwise(numbers) if b != a + 1]
         finding.violations += [f"the log of {numbers[0]} to {numbers[-1]} lacks record {number}" for number in holes]

@@ -91,6 +91,8 @@ def _settings(rng: Random) -> dict[str, Any]:
         "max_failures": rng.choice((3, 1000)),
         "snapshots": rng.choice((2, 2, 3)),
         "writers_per_host": rng.choice((1, 2)),
+        "memory_steps": rng.choice((None, 1, 3)),
+        "replicas": rng.choice((0, 1, 1)),
     }
 
 

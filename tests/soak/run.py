@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
+import inspect
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from ray.exceptions import RayError
 from ray.util import list_named_actors
@@ -38,6 +39,11 @@ class Stuck(Exception):
     """Nothing has been committed for too long; it has been told as a violation."""
 
 
+def _accepted(settings: dict[str, Any]) -> dict[str, Any]:
+    known = inspect.signature(ray_ckpt.Checkpointer).parameters
+    return {name: value for name, value in settings.items() if name in known}
+
+
 class Run:
     """Plays one `RunPlan`. ``folder``: for this run's journals."""
 
@@ -46,12 +52,14 @@ class Run:
     ) -> None:
         self._plan, self._store, self._hosts, self._witness, self._tally = plan, store, hosts, witness, tally
         model = Model(plan.seed, plan.columns)
-        settings = {**plan.settings, "timeouts": TIMEOUTS, "storage_options": store.options}
+        settings = {**_accepted(plan.settings), "timeouts": TIMEOUTS, "storage_options": store.options}
         folder.mkdir(parents=True)
         self._job = Job(store.url, model, plan.pace_s, folder, settings, tally)
         self._name = f"run {plan.number}"
         self._world = plan.world
         self._newest = self._before = -1
+        self._last: int | None = None
+        self._disturbed = False
         self._judged: set[int] = set()
         self._looked = self._moved = self._told = time.monotonic()
         witness.watch(self._name, store.source, model)
@@ -96,7 +104,7 @@ class Run:
         if now - self._told > _PROGRESS_S:
             self._told = now
             self._tell(self._tally.progress())
-        if not self._store.readable:
+        if self._disturbed:
             self._moved = now
         if now - self._moved > STUCK_S:
             self._tally.violated(f"{self._name}: nothing was committed for {STUCK_S:.0f} s: {self._status()}")
@@ -125,7 +133,10 @@ class Run:
         told = self._job.restored()
         for text in judge_restores(told, self._before, self._job.model):
             self._tally.violated(f"{self._name}, start {self._job.starts}: {text}")
-        self._tally.restores["nothing was there" if told and told[0].step < 0 else "of a checkpoint"] += len(told)
+        for one in told:
+            self._tally.restores[one.source] += 1
+        if told and told[0].step > self._before >= 0:
+            self._tell(f"start {self._job.starts} restored step {told[0].step}, {told[0].source}")
 
     def _status(self) -> str:
         try:
@@ -251,11 +262,13 @@ class Run:
         kind = self._store.faults[event.choice % len(self._store.faults)]
         self._tally.faults[kind] += 1
         self._tell(f"storage fault {kind} for {event.lasts_s:.1f} s; newest commit {self._newest}")
+        self._disturbed = True
         with self._store.fault(kind):
             self._pass(event.lasts_s / 2)
             if event.with_kill is not None:
                 self._strike(event.with_kill, event)
             self._pass(event.lasts_s / 2)
+        self._disturbed = False
         self._tell(f"the storage works again; newest commit {self._newest}")
 
     # -- the end --------------------------------------------------------------------------------------------
@@ -267,12 +280,11 @@ class Run:
         self._job.finish()
         while not all(rank.ended for rank in self._job.ranks):
             self._watch()
-        last = self._job.ranks[0].last
-        if last is None or any(rank.last != last for rank in self._job.ranks):
+        self._look()
+        self._last = self._job.ranks[0].last
+        if any(rank.last != self._newest for rank in self._job.ranks):
             ends = [rank.error or rank.last for rank in self._job.ranks]
-            self._tally.violated(f"{self._name}: not a clean end of all ranks at one step: {ends}")
-        else:
-            self._take(self._witness.end(self._name, last))
+            self._tally.violated(f"{self._name}: not a clean end of all ranks at step {self._newest}: {ends}")
         self._job.give_up()
         self._tell(f"ended at step {self._newest}; {self._tally.progress()}")
 
@@ -286,6 +298,7 @@ class Run:
         actors = [a["name"] for a in list_named_actors(True) if a["namespace"] == NAMESPACE and self.id in a["name"]]
         return [*map(str, files), *actors]
 
-    def remove(self) -> None:
-        """Its journals go."""
-        shutil.rmtree(self._job.journals, ignore_errors=True)
+    def judge_end(self) -> None:
+        """When its actors have ended: its files are as they will stay."""
+        if self._last is not None:
+            self._take(self._witness.end(self._name, self._last))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,17 @@ class Order:
 
 @dataclass(frozen=True)
 class Restored:
-    """How one rank began: the step (-1: nothing was there) and the digest of the state that `restore` returned."""
+    """How one rank began: the step (-1: nothing was there) and the digest of the state that `restore` returned.
+
+    ``source``: where it was read from, for people.
+    """
 
     rank: int
     world: int
     step: int
     digest: str
     seconds_s: float
+    source: str
 
 
 def restores(order: Order) -> list[Restored]:
@@ -73,6 +78,11 @@ class Trainer:
         self._abandon = threading.Event()
         self._ckpt: Any = None
         self._step = -1
+        self._messages: list[str] = []
+        handler = logging.Handler(logging.INFO)
+        handler.emit = lambda record: self._messages.append(record.getMessage())  # type: ignore[method-assign]
+        logging.getLogger("ray_ckpt").addHandler(handler)
+        logging.getLogger("ray_ckpt").setLevel(logging.INFO)
 
     def pid(self) -> int:
         """The process to kill."""
@@ -99,6 +109,7 @@ class Trainer:
             RayCkptError: as `ray_ckpt.Checkpointer` does.
         """
         self._abandon.clear()
+        self._messages.clear()
         self._step = -1
         settings = {"memory_dir": order.memory[rank], **order.settings}
         with ray_ckpt.Checkpointer(order.url, rank=rank, world_size=order.world, **settings) as ckpt:
@@ -118,8 +129,13 @@ class Trainer:
         state: dict[str, Any] = ckpt.restore(order.model.state(rank, order.world, 0))
         seconds = time.monotonic() - began
         step = -1 if ckpt.restored_step is None else ckpt.restored_step
-        told = {"rank": rank, "world": order.world, "step": step, "digest": digest(state), "seconds_s": seconds}
+        told = Restored(rank, order.world, step, digest(state), seconds, self._source(step))
         unfinished = order.journal(rank).with_suffix(".tmp")
-        unfinished.write_text(json.dumps(told))
+        unfinished.write_text(json.dumps(asdict(told)))
         unfinished.rename(order.journal(rank))
         return state
+
+    def _source(self, step: int) -> str:
+        if step < 0:
+            return "nothing was there"
+        return "from host memory" if any("from the memory of" in m for m in self._messages) else "from the store"
