@@ -245,6 +245,7 @@ class _Files:
 
         Also where TensorFlow has a file system of its own, which knows nothing of the store's credentials and options.
         """
+        assert isinstance(stored.store, Store), "what TensorFlow reads itself lies in a store"
         if stored.store.url.startswith("file://"):
             _verify(stored.store, stored.prefix)
             return cls(stored.store.url.removeprefix("file://"), stored.prefix, is_copy=False)

@@ -243,12 +243,14 @@ class Generation:
     """The workers of one start of the job: sealed once all ranks have one restore step.
 
     ``round`` counts the choices of a restore step: a further one follows when a checkpoint proves damaged.
+    ``snapshot``: (generation, step) of the snapshot in host memory that it starts from, where no checkpoint is as new.
     """
 
     number: int
     world_size: int
     restored_step: int | None
     round: int = 1
+    snapshot: tuple[int, int] | None = None
 
 
 RecordKind = Literal["claim", "seal", "commit", "abort", "delete"]

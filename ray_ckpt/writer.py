@@ -5,6 +5,7 @@ A function of its arguments alone, so that a Ray task, an agent or a test can ru
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 import time
@@ -12,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ray_ckpt.bundle import combine, crc32c, encode_piece, encode_run, piece_key, shard_name
-from ray_ckpt.errors import SaveError
-from ray_ckpt.snapshot import Entry, Segment, SegmentState, Table
+from ray_ckpt.errors import SaveError, StorageError
+from ray_ckpt.snapshot import WHOLE, Entry, Segment, Table
 from ray_ckpt.storage import Store
 from ray_ckpt.types import CHUNK_NBYTES, ShardReport
 
@@ -59,8 +60,11 @@ def write_shard(
                 target.write(block)
                 # A view left over would keep the segment mapped after it is closed.
                 block.release()
-            if segment.fills != fills or segment.state is not SegmentState.SEALED:
+            if segment.fills != fills or segment.state not in WHOLE:
                 raise SaveError(f"{segment_path}: the snapshot of step {step} was released while it was written")
+            with contextlib.suppress(StorageError):
+                # For a restore from memory, which does without them as well.
+                segment.put_sums(table, writer, shard.crcs, shard.chunks)
     return ShardReport(
         attempt=attempt,
         writer=table.writer_base + writer,
@@ -76,6 +80,22 @@ def write_shard(
     )
 
 
+def sum_up(segment: Segment) -> None:
+    """Leave the checksums of all that a sealed segment holds, for those who restore from it.
+
+    Raises:
+        SaveError, DamagedError: it holds no snapshot.
+        StorageError: no space for them.
+    """
+    table = segment.table()
+    for writer, (first, stop) in enumerate(table.writers):
+        if first < stop:
+            shard = _Shard(segment.data, table, writer, 0)
+            for block in shard.blocks():
+                block.release()
+            segment.put_sums(table, writer, shard.crcs, shard.chunks)
+
+
 class _Shard:
     """The bytes of one writer, and what its index says of them once they have all been read."""
 
@@ -85,6 +105,7 @@ class _Shard:
         self.start = self.entries[0].start
         self.nbytes = self.entries[-1].start + self.entries[-1].nbytes - self.start
         self.pairs: list[tuple[bytes, bytes]] = []
+        self.crcs: list[int] = []
         self.chunks: list[int] = []
         self._data = data
         self._shard_id = shard_id
@@ -115,6 +136,7 @@ class _Shard:
                 self.chunks.append(crc)
                 yield stop
         crc = total if entry.crc is None else entry.crc
+        self.crcs.append(crc)
         value = encode_piece(entry.dtype, entry.box.shape, self._shard_id, entry.start - self.start, entry.nbytes, crc)
         self.pairs.append((piece_key(entry.name, entry.box, entry.shape), value))
 

@@ -8,6 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from functools import partial
 from typing import Any
 
 import ray
@@ -15,15 +16,18 @@ from ray.exceptions import RayError
 
 from ray_ckpt.agent import notices
 from ray_ckpt.agent.memory import HostMemory
+from ray_ckpt.agent.mirror import Piece, mirror, read_piece
 from ray_ckpt.agent.pool import WriterPool
+from ray_ckpt.agent.serving import ask
 from ray_ckpt.agent.watch import when_ended
-from ray_ckpt.coordinator import find_or_start, run_id
-from ray_ckpt.errors import SaveError, StorageError
-from ray_ckpt.protocol.host import Free, HostLogic, StartWrite
-from ray_ckpt.protocol.messages import HostView, WorkerReport, WorkerView
+from ray_ckpt.coordinator import find, find_agent, find_or_start, run_id
+from ray_ckpt.errors import ObjectMissingError, RayCkptError, SaveError, StorageError, UsageError
+from ray_ckpt.protocol.host import Free, HostLogic, Keep, Mirror, StartWrite
+from ray_ckpt.protocol.messages import HostView, SegmentInfo, WorkerReport, WorkerView
+from ray_ckpt.restore import Part
 from ray_ckpt.snapshot import ProcessId
 from ray_ckpt.storage import open_store
-from ray_ckpt.types import ShardReport
+from ray_ckpt.types import Layout, ShardReport
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +36,7 @@ _LOOK_S = 2.0
 """Deaths and snapshots are told of; this is for those of which no word came."""
 _NOTICE_S = 2.0
 _DEBOUNCE_S = 0.005
+_ROOM_S = 60.0
 _WRITE_S = 60.0
 _SLOWEST = 1e6
 """Bytes a second: a writer that is slower hangs."""
@@ -53,6 +58,7 @@ class Agent:
         max_writes: int,
         memory_folder: str | None,
         lease_s: float,
+        recover_s: float,
     ) -> None:
         logging.basicConfig(level=logging.INFO)
         self._url = url
@@ -61,6 +67,7 @@ class Agent:
         self._node_id = node_id
         self._folder = memory_folder
         self._lease_s = lease_s
+        self._recover_s = recover_s
         self._logic = HostLogic(node_id, "", name=socket.gethostname(), max_writes=max_writes)
         self._processes: dict[str, ProcessId] = {}
         self._coordinator: Any = None
@@ -88,7 +95,8 @@ class Agent:
         self._look()
         if report.finished and report.rank not in self._living(report.worker):
             # At once: a cluster that was started for this job alone may end, and this process with it.
-            await asyncio.get_running_loop().run_in_executor(None, self._memory_now.give_back, report.rank)
+            give_back = partial(self._memory_now.give_back, report.rank, closed=report.closed)
+            await asyncio.get_running_loop().run_in_executor(None, give_back)
         deadline = time.monotonic() + wait_s
         while True:
             answer = self._logic.worker_view(report.worker)
@@ -105,11 +113,56 @@ class Agent:
     async def prepare(self, rank: int, nbytes: int, slots: int) -> list[str]:
         """Make and warm a rank's snapshot memory; the files to map."""
         self._start()
-        loop = asyncio.get_running_loop()
         if self._pool is not None:
             # Once more, late: Ray ends idle processes after seconds.
             self._pool.warm_up(self._logic.max_writes)
-        return await loop.run_in_executor(None, self._memory_now.prepare, rank, nbytes, slots, self._living())
+        memory, deadline = self._memory_now, time.monotonic() + _ROOM_S
+        while True:
+            try:
+                return await asyncio.to_thread(memory.prepare, rank, nbytes, slots, self._living())
+            except StorageError:
+                # What is kept for restarts makes room, once nobody on this or another host reads it any more.
+                if self._restored:
+                    if not await asyncio.to_thread(memory.give_up_kept):
+                        raise
+                elif time.monotonic() > deadline:
+                    raise
+                else:
+                    await asyncio.sleep(_DEBOUNCE_S)
+
+    # -- called by other hosts, and by workers that restore ----------------------------------------------------
+
+    async def holds(self) -> bool:
+        """Whether a snapshot lies here that a restart may want."""
+        self._start()
+        return bool(self._memory_now.sealed())
+
+    async def parts(self, save: tuple[int, int]) -> list[Part]:
+        """What lies here of a save."""
+        self._start()
+        return await asyncio.to_thread(self._memory_now.parts, save)
+
+    async def layout(self, fingerprint: str) -> Layout | None:
+        """A layout that snapshots here were taken of."""
+        self._start()
+        return await asyncio.to_thread(self._memory_now.layout, fingerprint)
+
+    async def read(self, path: str, fills: int, start: int, nbytes: int) -> Piece:
+        """Bytes of a snapshot and their crc32c; None where it has gone."""
+        self._start()
+        return await asyncio.to_thread(read_piece, self._memory_now, path, fills, start, nbytes)
+
+    async def mirror(self, source: str, segment: SegmentInfo, bytes_per_s: float | None) -> None:
+        """Copy a snapshot from the memory of host ``source``. Raises as `mirror.mirror`."""
+        self._start()
+        agent = find_agent(self._url, source)
+        parts = await agent.parts.remote(segment.save)
+        part = next((p for p in parts if p.rank == segment.rank), None)
+        layout = await agent.layout.remote(segment.fingerprint)
+        if part is None or layout is None:
+            raise ObjectMissingError(f"host {source} has no snapshot of rank {segment.rank} of step {segment.step}")
+        await asyncio.to_thread(mirror, self._memory_now, part, layout, partial(ask, agent), bytes_per_s)
+        self._look()
 
     def _living(self, but: str = "") -> set[int]:
         """The ranks of the processes on this host, but for one worker's."""
@@ -128,6 +181,12 @@ class Agent:
         return os.getpid()
 
     # -- the machine --------------------------------------------------------------------------------------------
+
+    @property
+    def _restored(self) -> bool:
+        """Whether all ranks of the job have read what they start from, as far as its workers here were told."""
+        view = self._logic.view
+        return view is not None and bool(view.workers) and all(w.restore_done or w.refused for w in view.workers)
 
     @property
     def _memory_now(self) -> HostMemory:
@@ -161,10 +220,11 @@ class Agent:
                 self._end_if_idle()
 
     def _end_if_idle(self) -> None:
+        recoverable = self._logic.recoverable
         if not self._logic.idle:
             self._busy_at = time.monotonic()
-        elif time.monotonic() - self._busy_at > self._lease_s:
-            if self._memory is not None:
+        elif time.monotonic() - self._busy_at > (self._recover_s if recoverable else self._lease_s):
+            if self._memory is not None and not recoverable:
                 self._memory.remove()
             ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
 
@@ -192,10 +252,32 @@ class Agent:
     def _act(self) -> None:
         for action in self._logic.take():
             if isinstance(action, Free):
-                self._memory_now.free(action.segment.name)
+                self._memory_now.free(action.segment, self._living())
                 self._logic.on_freed(action.segment.name)
+            elif isinstance(action, Keep):
+                self._memory_now.keep(action.segment)
+            elif isinstance(action, Mirror):
+                self._spawn(self._have_mirrored(action))
             else:
                 self._spawn(self._write(action))
+
+    async def _have_mirrored(self, action: Mirror) -> None:
+        segment = action.segment
+        rates = [w.config.replica_bytes_per_s for w in self._logic.workers.values() if w.rank == segment.rank]
+        rate = rates[0] if rates else None
+        nbytes = self._memory_now.nbytes(segment.name)
+        try:
+            peer = find_agent(self._url, action.peer)
+            await asyncio.wait_for(
+                peer.mirror.remote(self._node_id, segment, rate), _WRITE_S + nbytes / min(rate or _SLOWEST, _SLOWEST)
+            )
+        except (RayError, RayCkptError, asyncio.TimeoutError) as error:
+            cause = getattr(error, "cause", None) or error
+            logger.warning(
+                "step %d of rank %d has no replica on host %s: %r", segment.step, segment.rank, action.peer, cause
+            )
+        self._logic.on_mirrored(segment)
+        self._look()
 
     async def _write(self, start: StartWrite) -> None:
         order = start.order
@@ -229,7 +311,7 @@ class Agent:
             plan_id=order.plan_id,
             writer=start.local,
             prefix=order.prefix,
-            shard_id=attempt_try * order.num_writers + start.writer,
+            shard_id=start.shard_id(attempt_try),
             num_shards=order.num_shards,
             attempt=order.attempt,
             attempt_try=attempt_try,
@@ -265,9 +347,13 @@ class Agent:
         known = self._logic.view
         seen = (known.epoch, known.version) if known else (0, -1)
         if self._coordinator is None and self._logic.idle:
-            # Nobody here needs one: to start it would take the directory from a newer job.
-            await asyncio.sleep(_AGAIN_S)
-            return
+            # Nobody here needs one: to start it would take the directory from a newer job. But that may want to know
+            # what lies here.
+            try:
+                self._coordinator = find(self._url)
+            except UsageError:
+                await asyncio.sleep(_AGAIN_S)
+                return
         asked = None
         try:
             if self._coordinator is None:

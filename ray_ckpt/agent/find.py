@@ -9,15 +9,12 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_ckpt.agent.actor import Agent
-from ray_ckpt.coordinator import NAMESPACE, run_id
+from ray_ckpt.coordinator import NAMESPACE, agent_name
 from ray_ckpt.storage import locate
 
 LEASE_S = 10.0
-
-
-def agent_name(url: str, node_id: str) -> str:
-    """The name of a run's agent on a Ray node."""
-    return f"agent:{run_id(url)}:{node_id}"
+RECOVER_S = 900.0
+"""So long agents wait for the next start of a job that has not come to its end."""
 
 
 def find_or_start_agent(
@@ -28,6 +25,7 @@ def find_or_start_agent(
     single_coordinator: bool = False,
     max_writes: int = 2,
     memory_folder: str | None = None,
+    recover_s: float = RECOVER_S,
 ) -> Any:
     """The handle of the run's agent on this node.
 
@@ -52,4 +50,5 @@ def find_or_start_agent(
         max_writes=max_writes,
         memory_folder=memory_folder,
         lease_s=LEASE_S,
+        recover_s=recover_s,
     )

@@ -8,21 +8,29 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from ray_ckpt.agent.owning import OWNER, REPLICA, SUFFIX, adopt, is_replica, lock, rank_of, segment_name
 from ray_ckpt.errors import DamagedError, SaveError, StorageError
+from ray_ckpt.metadata import DEFAULT_KIND
 from ray_ckpt.protocol.messages import SegmentInfo, Trigger
-from ray_ckpt.snapshot import Segment, SegmentState, default_folder, drop_empty, reclaim
+from ray_ckpt.restore import Part
+from ray_ckpt.snapshot import WHOLE, Segment, SegmentState, decode_table, default_folder, drop_unused, reclaim
 from ray_ckpt.snapshot.layouts import keep_layout, read_layouts
 from ray_ckpt.types import Layout
 
 logger = logging.getLogger(__name__)
 
-_SUFFIX = ".segment"
 _INCARNATION = "incarnation"
+_REPLICAS = 2
+"""Of each rank: the last whole one outlives the transfer of the next."""
+
 _ABANDONED_S = 60.0
 """A segment that nobody has open for so long after it was last filled belongs to nobody."""
+
+_FORGOTTEN_S = 24 * 3600.0
+"""A snapshot that no start of its job has taken over for so long is not wanted any more."""
 
 _RESERVE = 0.05
 """Share of the tmpfs that is left to others, who may be the training processes."""
@@ -41,7 +49,8 @@ class HostMemory:
         self._making = threading.Lock()
         self._segments: dict[str, Segment] = {}
         self._digests: dict[str, tuple[Segment, int, Digests]] = {}
-        for path in sorted(self.folder.glob("*" + _SUFFIX)):
+        self._owner = lock(self.folder / OWNER)
+        for path in sorted(self.folder.glob("*" + SUFFIX)):
             # What an agent before this one has made.
             with contextlib.suppress(StorageError):
                 self._segments[path.name] = Segment.open(path, writable=True)
@@ -55,11 +64,15 @@ class HostMemory:
         else:
             own = Path(folder) / name
             own.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for other in sorted(own.parent.glob(f"{run}-*")):
+            if other != own:
+                adopt(other, own)
         return cls(own)
 
     def sweep(self) -> None:
         """Remove what other runs left behind that were killed, or whose cluster ended first: it fills the host."""
-        for path in drop_empty(self.folder.parent, time.time() - _ABANDONED_S):
+        now = time.time()
+        for path in drop_unused(self.folder.parent, now - _ABANDONED_S, now - _FORGOTTEN_S):
             logger.info("%s: removed, as its run is gone", path)
 
     def prepare(self, rank: int, nbytes: int, slots: int, living: Collection[int] = ()) -> list[str]:
@@ -74,10 +87,10 @@ class HostMemory:
         with self._making:
             self._give_up(rank, nbytes, living)
             with self._lock:
-                mine = [(n, s) for n, s in self._segments.items() if _rank_of(n) == rank]
+                mine = [(n, s) for n, s in self._segments.items() if rank_of(n) == rank and not is_replica(n)]
             fitting = [segment for _, segment in mine if segment.data_nbytes >= nbytes]
             taken = {name for name, _ in mine}
-            for name in (f"{rank:05d}-{slot}{_SUFFIX}" for slot in range(2 * slots)):
+            for name in (f"{rank:05d}-{slot}{SUFFIX}" for slot in range(2 * slots)):
                 if len(fitting) >= slots or (fitting and not self._has_room(nbytes, rank)):
                     break
                 if name not in taken:
@@ -96,7 +109,7 @@ class HostMemory:
             for name, segment in list(self._segments.items()):
                 if segment.state is not SegmentState.EMPTY:
                     continue
-                of = _rank_of(name)
+                of = rank_of(name)
                 if of == rank and segment.data_nbytes < nbytes:
                     segment.close()
                     segment.path.unlink(missing_ok=True)
@@ -104,12 +117,30 @@ class HostMemory:
                 elif of != rank and of not in living:
                     self._give_up_unused(name)
 
-    def give_back(self, rank: int) -> None:
-        """Remove the empty segments of a rank that has left."""
+    def give_back(self, rank: int, *, closed: bool) -> None:
+        """Remove the segments of a rank that has left: the empty ones, with ``closed`` those that are kept too."""
         with self._making, self._lock:
             for name, segment in list(self._segments.items()):
-                if _rank_of(name) == rank and segment.state is SegmentState.EMPTY:
+                if rank_of(name) != rank or is_replica(name):
+                    continue
+                if closed and segment.state is SegmentState.KEPT:
+                    segment.release()
+                if segment.state is SegmentState.EMPTY:
                     self._give_up_unused(name)
+
+    def give_up_kept(self) -> bool:
+        """Let the oldest snapshot go that no save needs, for want of memory for the next ones; False if none is left.
+
+        Only where nobody restores from it any more.
+        """
+        with self._making, self._lock:
+            kept = [(s.sealed_at, n) for n, s in self._segments.items() if s.state is SegmentState.KEPT]
+            if not kept:
+                return False
+            _, name = min(kept)
+            self._segments[name].release()
+            self._give_up_unused(name)
+            return name not in self._segments
 
     def _give_up_unused(self, name: str) -> None:
         """A process of which this agent does not know yet may have the segment mapped: then it stays."""
@@ -136,10 +167,17 @@ class HostMemory:
             for segment in self._segments.values():
                 if segment.empty_if_abandoned():
                     logger.warning("%s: the process that was filling it has died; the segment is empty", segment.path)
-            return [info for name, s in self._segments.items() if (info := self._info(name, s)) is not None]
+            return list(self._whole())
+
+    def _whole(self) -> Iterator[SegmentInfo]:
+        for name, segment in self._segments.items():
+            info = self._info(name, segment)
+            if info is not None:
+                yield info
 
     def _info(self, name: str, segment: Segment) -> SegmentInfo | None:
-        save = segment.save if segment.state is SegmentState.SEALED else None
+        state = segment.state
+        save = segment.save if state in WHOLE else None
         if save is None:
             return None
         return SegmentInfo(
@@ -157,6 +195,9 @@ class HostMemory:
             name=name,
             due=save.due,
             sealed=segment.sealed_at,
+            fills=segment.fills,
+            kept=state is SegmentState.KEPT,
+            replica=save.replica,
         )
 
     def _digests_of(self, name: str, segment: Segment) -> Digests:
@@ -187,12 +228,84 @@ class HostMemory:
         with self._lock:
             return self._segments[name].next_try(writer, epoch)
 
-    def free(self, name: str) -> None:
-        """The snapshot in this segment is not needed any more."""
+    def free(self, info: SegmentInfo, living: Collection[int]) -> None:
+        """This snapshot is not needed any more; nor is the memory, where its rank is not ``living`` on this host."""
         with self._lock:
-            segment = self._segments.get(name)
+            segment = self._segments.get(info.name)
             if segment is not None:
-                segment.release()
+                segment.release(info.fills)
+                if segment.state is SegmentState.EMPTY and (info.replica or info.rank not in living):
+                    self._give_up_unused(info.name)
+
+    def keep(self, info: SegmentInfo) -> None:
+        """No save needs this snapshot any more; it stays until its memory is needed."""
+        with self._lock:
+            segment = self._segments.get(info.name)
+            if segment is not None:
+                segment.keep(info.fills)
+
+    # -- for other hosts and for restarts ---------------------------------------------------------------
+
+    def parts(self, save: tuple[int, int]) -> list[Part]:
+        """What lies here of a save, a rank's own snapshot before a replica of it."""
+        with self._lock:
+            held = [(info, self._segments[info.name]) for info in self._whole() if info.save == save]
+        layouts = read_layouts(self.folder)
+        found: dict[int, Part] = {}
+        for info, segment in sorted(held, key=lambda pair: pair[0].replica):
+            layout = layouts.get(info.fingerprint)
+            if layout is None or info.rank in found:
+                continue
+            with contextlib.suppress(SaveError, DamagedError):
+                found[info.rank] = _part(info, segment, layout)
+        return list(found.values())
+
+    def read(self, path: str, fills: int, start: int, nbytes: int) -> bytes | None:
+        """Bytes of a snapshot; None if its segment does not hold it any more."""
+        with self._lock:
+            segment = self._segments.get(Path(path).name)
+        if segment is None:
+            return None
+        data = bytes(segment.data[start : start + nbytes])
+        # After the copy: who fills it again changes this first.
+        return data if segment.fills == fills and segment.state in WHOLE else None
+
+    def layout(self, fingerprint: str) -> Layout | None:
+        """A layout that lies beside the segments."""
+        return read_layouts(self.folder).get(fingerprint)
+
+    def room_for_replica(self, rank: int, nbytes: int) -> Segment:
+        """A segment for the next copy of a rank's snapshot: an empty one, a new one, or that of the oldest copy.
+
+        Raises:
+            StorageError: there is no room.
+        """
+        with self._making:
+            with self._lock:
+                mine = {n: s for n, s in self._segments.items() if rank_of(n) == rank and is_replica(n)}
+                for name, segment in list(mine.items()):
+                    if segment.state is SegmentState.EMPTY and segment.data_nbytes < nbytes:
+                        self._give_up_unused(name)
+                        del mine[name]
+            fitting = [s for s in mine.values() if s.data_nbytes >= nbytes]
+            empty = next((s for s in fitting if s.state is SegmentState.EMPTY), None)
+            if empty is not None:
+                return empty
+            if len(mine) >= _REPLICAS:
+                kept = [s for s in mine.values() if s.state is SegmentState.KEPT]
+                oldest = min(kept, key=lambda s: s.sealed_at, default=None)
+                if oldest is None:
+                    raise StorageError(f"{self.folder}: all {len(mine)} copies of rank {rank} are still needed")
+                if oldest in fitting:
+                    return oldest
+                with self._lock:
+                    oldest.release()
+                    self._give_up_unused(oldest.path.name)
+            name = next(n for i in range(_REPLICAS + 1) if (n := segment_name(rank, f"{REPLICA}{i}")) not in mine)
+            segment = Segment.create(self.folder / name, nbytes)
+            with self._lock:
+                self._segments[name] = segment
+            return segment
 
     def next_incarnation(self) -> str:
         """A name for an agent that sorts after those of all agents before it, even if the clock went back."""
@@ -216,6 +329,8 @@ class HostMemory:
 
     def remove(self) -> None:
         """Give all memory back: the run on this host has ended and everything is decided."""
+        if self._owner >= 0:
+            os.close(self._owner)
         with self._lock:
             for segment in self._segments.values():
                 segment.close()
@@ -223,10 +338,15 @@ class HostMemory:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _rank_of(name: str) -> int:
-    return int(name.partition("-")[0])
+def _part(info: SegmentInfo, segment: Segment, layout: Layout) -> Part:
+    encoded = segment.read_table()
+    table = decode_table(encoded)
+    nbytes = max((e.start + e.nbytes for e in table.entries), default=0)
+    kinds = {leaf.name: leaf.kind for leaf in layout.leaves if leaf.kind != DEFAULT_KIND}
+    sums = segment.sums(table)
+    return Part(info.rank, str(segment.path), info.fills, nbytes, encoded, sums, layout.tree, kinds)
 
 
 def _trigger(text: str) -> Trigger:
-    known: tuple[Trigger, ...] = ("cadence", "proposal", "explicit", "final")
+    known: tuple[Trigger, ...] = ("cadence", "proposal", "explicit", "final", "memory")
     return next((t for t in known if t == text), "explicit")

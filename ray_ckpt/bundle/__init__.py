@@ -5,6 +5,7 @@ and one index, a leveldb table of where each tensor, and each slice of a partiti
 """
 
 from ray_ckpt.bundle.content import content_crc, decode_objects, encode_objects
+from ray_ckpt.bundle.cover import first_fault
 from ray_ckpt.bundle.crc import combine, crc32c, mask, unmask
 from ray_ckpt.bundle.decode import Piece
 from ray_ckpt.bundle.dtypes import DTYPE_NAMES, STRING, UNPARTITIONABLE, VARIANT, dtype_name, dtype_of, nbytes_of
@@ -43,6 +44,7 @@ __all__ = [
     "encode_run",
     "encode_state_file",
     "encode_strings",
+    "first_fault",
     "graph_name",
     "index_name",
     "mask",

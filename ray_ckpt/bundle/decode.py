@@ -20,13 +20,16 @@ from ray_ckpt.types import Box
 
 
 class Piece(NamedTuple):
-    """One stored rectangle: ``nbytes`` bytes at ``offset`` of a data shard; ``crc`` is not masked."""
+    """One stored rectangle: ``nbytes`` bytes at ``offset`` of a data shard; ``crc`` is not masked.
+
+    It is None where the bytes have never been summed up: of a snapshot that lies in memory only.
+    """
 
     box: Box
     shard_id: int
     offset: int
     nbytes: int
-    crc: int
+    crc: int | None
 
 
 class Form(NamedTuple):

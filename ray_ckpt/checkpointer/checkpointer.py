@@ -13,6 +13,7 @@ import ray
 
 from ray_ckpt import log, train
 from ray_ckpt.checkpointer import restoring, sigterm
+from ray_ckpt.checkpointer.ahead import Build, Read
 from ray_ckpt.checkpointer.deciding import Decisions, resolve
 from ray_ckpt.checkpointer.link import Home, Link
 from ray_ckpt.checkpointer.saving import Saver
@@ -64,6 +65,11 @@ class Checkpointer:
         url: the run's directory, any URL that `ray_ckpt.storage` knows. It is the run's identity. Without it, in a
             worker of Ray Train: the folder ``ray_ckpt`` of Ray Train's experiment directory.
         save_steps, save_secs: the cadence, one of them or neither (then `save` and `request_save` only).
+        memory_steps: the cadence of snapshots that only lie in host memory, for a restart while hosts live. Skipped
+            where all snapshot memory is in use; with ``snapshots=3`` that is seldom.
+        replicas: 1 copies each snapshot to another host, so that a host may be lost: its save still commits, and the
+            next start finds the snapshot. Costs the memory of two more snapshots a host. ``replica_bytes_per_s``
+            bounds the rate at which a host copies.
         rank, world_size: by default Ray Train's, else those of a multi-process JAX, else 0 and 1.
         max_to_keep, keep_every_steps, keep_every_hours: retention; None keeps all. What ``keep_every_hours`` keeps is
             so many hours younger than the last one that it kept, or than ``keep_hours_from`` (seconds since the
@@ -99,6 +105,9 @@ class Checkpointer:
         *,
         save_steps: int | None = None,
         save_secs: float | None = None,
+        memory_steps: int | None = None,
+        replicas: int = 0,
+        replica_bytes_per_s: float | None = None,
         rank: int | None = None,
         world_size: int | None = None,
         max_to_keep: int | None = 5,
@@ -129,6 +138,9 @@ class Checkpointer:
                 world_size=self.world_size,
                 save_steps=save_steps,
                 save_secs=save_secs,
+                memory_steps=memory_steps,
+                replicas=replicas,
+                replica_bytes_per_s=replica_bytes_per_s,
                 stride=stride,
                 overlap=overlap,
                 slots=snapshots,
@@ -151,7 +163,7 @@ class Checkpointer:
         self._store = open_store(place, storage_options=options, single_coordinator=single_coordinator)
         self.url = check_place(self._store.url)
         folder = None if memory_dir is None else os.fspath(memory_dir)
-        home = Home(self.url, options, single_coordinator, writers_per_host, folder)
+        home = Home(self.url, options, single_coordinator, writers_per_host, folder, timeouts.recover_s)
         self._open(home, config, timeouts, handle_sigterm)
 
     def _open(self, home: Home, config: JobConfig, timeouts: Timeouts, handle_sigterm: bool) -> None:
@@ -200,11 +212,12 @@ class Checkpointer:
             raise UsageError("restore() follows restore(), adopt() or step(): call it once, before the first step")
         if missing not in ("init", "error"):
             raise UsageError(f'missing must be "init" or "error", found {missing!r}')
-        wish = RestoreWish("newest") if step is None else RestoreWish("step", step)
+        stored = is_trackable(like)
+        wish = RestoreWish("newest", stored=stored) if step is None else RestoreWish("step", step, stored)
 
         read = self._reader(like, partial, rename, cast)
         found, state = restoring.restore(self._link, self._store, wish, read, self._start_timeout_s)
-        if found is None:
+        if found is None and self.restored_step is None:
             if missing == "error":
                 raise restoring.nothing_found(self.url)
             state = resolve(like)
@@ -215,15 +228,18 @@ class Checkpointer:
                 )
         self._saver.register(state)
         self._ready = True
+        if self.restored_step is not None and self._link.logic.saved_step is None:
+            # It lies in host memory only: should the loop have no step left to do, this is what it ends with.
+            self._last = (self.restored_step, state)
         return state
 
-    def _reader(self, like: Any, partial: bool, rename: Rename | None, cast: bool) -> restoring.Read:
+    def _reader(self, like: Any, partial: bool, rename: Rename | None, cast: bool) -> Read:
         if is_trackable(like):
             if rename is not None or cast:
                 raise UsageError("TensorFlow restores a tf.train.Checkpoint by itself: without rename and cast")
             return reader(like, partial=partial)
 
-        def read(stored: StoredCheckpoint) -> restoring.Build:
+        def read(stored: StoredCheckpoint) -> Build:
             rank, world_size = self.rank, self.world_size
             return read_state(stored, like, rank=rank, world_size=world_size, partial=partial, rename=rename, cast=cast)
 
@@ -325,7 +341,7 @@ class Checkpointer:
             self._prepare(state)
         self._decisions.check_not_failed(step)
         self._last = (step, state)
-        if step == self.restored_step and not force:
+        if step == self._link.logic.saved_step and not force:
             logger.info("step %d was restored from %s and is saved already", step, self.url)
             return
         self._decisions.ask(step, state, "explicit")
@@ -444,15 +460,17 @@ class Checkpointer:
         """
         if self._closed:
             return
+        closed = False
         try:
             self._finish()
+            closed = not self.preempted
         except (SaveError, UnavailableError) as error:
             if self.preempted:
                 # In Ray Train the next start may have more luck, with what was committed before.
                 self._hand_over(f"{self.stop_reason}; {error}")
             raise
         finally:
-            self.leave()
+            self._leave(closed=closed)
         if self.preempted:
             self._hand_over(self.stop_reason)
 
@@ -475,14 +493,19 @@ class Checkpointer:
         train.hand_over(self.url, newest.step if newest is not None else None, reason)
 
     def leave(self) -> None:
-        """Leave at once, without a last save; what has been snapshotted is saved without this process."""
+        """Leave at once, without a last save; what has been snapshotted is saved without this process, and stays in
+        host memory for the next start.
+        """
+        self._leave(closed=False)
+
+    def _leave(self, *, closed: bool) -> None:
         if self._closed:
             return
         self._closed = True
         self._ready = False
         self._last = None
         with self._link.condition:
-            self._link.logic.finish()
+            self._link.logic.finish(closed=closed)
         # First, as the agent removes with the last report what nobody has open.
         self._saver.slots.close()
         self._link.close()

@@ -39,7 +39,9 @@ class Decisions:
             SaveError: all workers stop at this step with an error.
             RayCkptError: as `Saver.save`.
         """
-        if due.snapshot is not None:
+        if due.snapshot == "memory":
+            self._saver.remember(due.step, resolve(state))
+        elif due.snapshot is not None:
             try:
                 self._saver.save(due.step, resolve(state), due.snapshot)
             except RayCkptError:

@@ -34,6 +34,7 @@ class Home:
     single_coordinator: bool
     max_writes: int
     memory_folder: str | None
+    recover_s: float
 
 
 class Link:
@@ -69,6 +70,7 @@ class Link:
             single_coordinator=home.single_coordinator,
             max_writes=home.max_writes,
             memory_folder=home.memory_folder,
+            recover_s=home.recover_s,
         )
 
     def _viewed(self) -> None:

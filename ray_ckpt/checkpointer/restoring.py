@@ -1,31 +1,32 @@
 """All ranks restore the same checkpoint: the coordinator chooses, every rank reads its part and says how it went.
 
 The choice takes as long as the last rank takes to come. Meanwhile a rank reads the checkpoint that will most
-probably be chosen. If another one is, that reading was in vain, and no more: the state is built, and variables are
-assigned, once the choice is known.
+probably be chosen (`ahead`); the state is built, and variables are assigned, once the choice is known. What lies in
+the memory of hosts is read from there.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+import time
 from typing import Any
 
+from ray.exceptions import RayError
 from tenacity import retry, retry_if_exception_message, stop_after_attempt
 
 from ray_ckpt import log
+from ray_ckpt.agent import recall
+from ray_ckpt.checkpointer.ahead import Build, Read, ReadAhead
 from ray_ckpt.checkpointer.link import Link
-from ray_ckpt.errors import DamagedError, NoCheckpointError, ObjectMissingError, UsageError
+from ray_ckpt.errors import DamagedError, NoCheckpointError, ObjectMissingError, UnavailableError, UsageError
 from ray_ckpt.protocol.messages import RestoreDecision, RestoreResult, RestoreWish
-from ray_ckpt.restore import StoredCheckpoint, open_checkpoint
+from ray_ckpt.restore import open_checkpoint
 from ray_ckpt.storage import Store
 from ray_ckpt.types import Checkpoint
 
 logger = logging.getLogger(__name__)
 
-Build = Callable[[], Any]
-Read = Callable[[StoredCheckpoint], Build]
-"""Reads and verifies all that a state needs; what it gives builds the state."""
+_CALL_S = 10.0
 
 
 def restore(
@@ -45,15 +46,14 @@ def restore(
     with link.condition:
         link.logic.wish(wish)
     link.courier.nudge()
-    ahead = _read_ahead(link, store, wish, read)
+    by = f"rank {link.rank}, before the choice"
+    ahead = None if read is None or wish.kind == "none" or _lies_here(link) else ReadAhead(store, wish, read, by)
     key = (0, 0)
     while True:
         decision = _next_decision(link, key, timeout_s)
         key = decision.key
         _check_shared(link, store, decision)
-        if ahead is not None and (decision.checkpoint is None or _id(decision.checkpoint) != ahead[0]):
-            ahead = None
-        value, damage = _read(link, store, decision, read, ahead and ahead[1])
+        value, damage = _read(link, store, decision, read, ahead, files=wish.stored)
         ahead = None
         with link.condition:
             link.logic.restore_read(RestoreResult(*key, damage))
@@ -64,6 +64,14 @@ def restore(
         if not _decided_anew(link, decision, timeout_s):
             _tell(link, decision)
             return decision.checkpoint, value
+
+
+def _lies_here(link: Link) -> bool:
+    """Whether the memory of this host holds snapshots: then the choice will mostly be one of those."""
+    try:
+        return bool(link.courier.call("holds", timeout_s=_CALL_S))
+    except (RayError, TimeoutError):
+        return False
 
 
 def adopt(link: Link, store: Store, step: int | None, timeout_s: float) -> Checkpoint | None:
@@ -89,36 +97,6 @@ Each looks for itself, and a save of the start before may be committed between t
 """
 
 
-def _id(checkpoint: Checkpoint) -> tuple[str, str, int]:
-    """What no two checkpoints of a directory share; marks in the log may change meanwhile."""
-    return checkpoint.prefix, checkpoint.attempt, checkpoint.step
-
-
-def _read_ahead(
-    link: Link, store: Store, wish: RestoreWish, read: Read | None
-) -> tuple[tuple[str, str, int], Build] | None:
-    """What is read of the checkpoint that this wish will most probably get; None where that cannot be told or read."""
-    if wish.kind == "none" or read is None:
-        return None
-    try:
-        live = log.live_checkpoints(store)
-        found = [c for c in live if (c.step == wish.step if wish.kind == "step" else not c.superseded)]
-        if not found or (wish.kind == "newest" and _is_newer_claimed(store, live)):
-            return None
-        with log.pin(store, found[-1].prefix, by=f"rank {link.rank}, before the choice"):
-            return _id(found[-1]), read(open_checkpoint(store, found[-1]))
-    except Exception as error:
-        # It is met again, and told, when this checkpoint is chosen.
-        logger.debug("%s: nothing was read ahead: %s", link.url, error)
-        return None
-
-
-def _is_newer_claimed(store: Store, live: Sequence[Checkpoint]) -> bool:
-    """Whether agents of the start before may be finishing a save at this moment, which would then be chosen."""
-    prefixes, newest = {c.prefix for c in live}, max(c.step for c in live)
-    return any(claim.step > newest and claim.prefix not in prefixes for claim in log.list_claims(store))
-
-
 def _decided_anew(link: Link, decision: RestoreDecision, timeout_s: float) -> bool:
     """Wait for all ranks; True if one of them found damage, so that another choice was made."""
 
@@ -142,22 +120,53 @@ def _next_decision(link: Link, key: tuple[int, int], timeout_s: float) -> Restor
 
 
 def _read(
-    link: Link, store: Store, decision: RestoreDecision, read: Read | None, ahead: Build | None
+    link: Link, store: Store, decision: RestoreDecision, read: Read | None, ahead: ReadAhead | None, *, files: bool
 ) -> tuple[Any, str | None]:
-    """(value, None) or (None, what is damaged). ``ahead``: what was read before the choice, if it was of this one."""
+    """(value, None) or (None, what is damaged).
+
+    ``ahead``: what is being read since before the choice. ``files``: only what lies in the store will do.
+    """
     chosen = decision.checkpoint
     if decision.note:
         logger.warning("%s: %s", link.url, decision.note)
-    if chosen is None or read is None:
+    held = bool(decision.holders) and not files
+    if ahead is not None and (chosen is None or held):
+        ahead.end()
+        ahead = None
+    if decision.step is None or read is None:
         return None, None
+    build, trouble = _recall(link, decision, read) if held else (None, "nobody holds the snapshot any more")
+    if build is not None:
+        return build(), None
+    if chosen is None:
+        return None, trouble
     try:
-        build = ahead
+        build = ahead.take(chosen) if ahead is not None else None
         if build is None:
             with log.pin(store, chosen.prefix, by=f"rank {link.rank} of generation {decision.generation}"):
                 build = read(open_checkpoint(store, chosen))
         return build(), None
     except (DamagedError, ObjectMissingError) as error:
         return None, str(error)
+
+
+def _recall(link: Link, decision: RestoreDecision, read: Read) -> tuple[Build | None, str]:
+    """What was read from the memory of hosts; (None, why not)."""
+    chosen = decision.checkpoint
+    save = decision.snapshot or (chosen.generation, chosen.step) if chosen is not None else decision.snapshot
+    assert save is not None
+    began = time.monotonic()
+    try:
+        build = read(recall(link.url, save, decision.holders, link.node_id))
+    except (DamagedError, ObjectMissingError, UnavailableError) as error:
+        level = logging.WARNING if chosen is None else logging.INFO
+        logger.log(level, "%s: step %s is not read from host memory: %s", link.url, decision.step, error)
+        return None, str(error)
+    hosts = len(set(decision.holders))
+    logger.info(
+        "%s: step %d read from the memory of %d hosts in %.2f s", link.url, save[1], hosts, time.monotonic() - began
+    )
+    return build, ""
 
 
 def _check_shared(link: Link, store: Store, decision: RestoreDecision) -> None:
@@ -174,7 +183,9 @@ def _check_shared(link: Link, store: Store, decision: RestoreDecision) -> None:
 
 
 def _tell(link: Link, decision: RestoreDecision) -> None:
-    if decision.checkpoint is None:
+    if decision.snapshot is not None:
+        logger.info("restored step %d from host memory: it is newer than what %s holds", decision.snapshot[1], link.url)
+    elif decision.checkpoint is None:
         logger.info("no checkpoint in %s: starting afresh", link.url)
     else:
         logger.info("restored step %d from %s/%s", decision.checkpoint.step, link.url, decision.checkpoint.prefix)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from typing import Any
@@ -27,7 +28,10 @@ _PREPARE_S = 600.0
 
 
 class Saver:
-    """Takes this rank's snapshots. ``stall_s`` is the time that training has lost to it."""
+    """Takes this rank's snapshots.
+
+    ``stall_s`` is the time that training has lost to it; ``missed`` counts those for a restart that could not be taken.
+    """
 
     def __init__(self, link: Link, run: str, config: JobConfig) -> None:
         self._link = link
@@ -37,6 +41,7 @@ class Saver:
         self._fingerprint: str | None = None
         self._first = True
         self.stall_s = 0.0
+        self.missed = 0
         self.slots = Slots(self._prepare, self._notify)
         link.on_view = self._on_view
 
@@ -63,6 +68,33 @@ class Saver:
         finally:
             self._link.courier.nudge()
             self.stall_s += time.monotonic() - began
+
+    def remember(self, step: int, state: Any) -> None:
+        """Snapshot this rank's share of the state for a restart alone, unless plan or memory are not at hand.
+
+        Raises:
+            StateError: the state cannot be saved.
+        """
+        due, began = time.time(), time.monotonic()
+        try:
+            layout, values = self._layouts.of(self._leaves_of(state))
+            plan = self._link.logic.plan_ready if layout.fingerprint == self._fingerprint else None
+            segment = None if plan is None else self.slots.free(needed_nbytes(plan, layout, values))
+            if plan is None or segment is None:
+                self._miss(step, "no plan is made for it" if plan is None else "all memory is in use")
+                return
+            save = self._save_id(step, plan, layout, "memory", due)
+            with contextlib.suppress(SegmentTooSmallError):
+                take_snapshot(segment, plan, layout, values, save, keep=self._config.replicas == 0)
+        finally:
+            self._link.courier.nudge()
+            self.stall_s += time.monotonic() - began
+
+    def _miss(self, step: int, why: str) -> None:
+        """Say it once: it comes again and again where saves take longer than the time between them."""
+        self.missed += 1
+        level = logging.WARNING if self.missed == 1 else logging.DEBUG
+        logger.log(level, "rank %d: step %d is not kept in host memory: %s", self._link.rank, step, why)
 
     def _save(self, step: int, state: Any, trigger: Trigger, due: float) -> None:
         layout, values = self._layouts.of(self._leaves_of(state))

@@ -23,13 +23,15 @@ class Timeouts:
 
     ``start_s``: for all workers to join and to have restored. ``save_s``: for a save to commit; then it is abandoned.
     ``settle_s``: for the saves of a start that is over, before a new start chooses what to restore. ``host_s``: for
-    a host to be heard of.
+    a host to be heard of. ``recover_s``: so long the agents of a job that was killed wait with its snapshots for the
+    next start; it keeps an autoscaler from taking their hosts away.
     """
 
     start_s: float = 600.0
     save_s: float = 1800.0
     settle_s: float = 120.0
     host_s: float = 30.0
+    recover_s: float = 900.0
 
 
 START_VARIABLE = "RAY_CKPT_START"
@@ -40,8 +42,8 @@ Optional: with it, a process of an older start that was never told to go cannot 
 
 DEFAULT_TIMEOUTS = Timeouts()
 
-_COUNTS = "world_size save_steps stride slots max_tries max_failures max_to_keep keep_every_steps"
-_TIMES = "save_secs keep_every_hours save_timeout_s settle_timeout_s host_timeout_s"
+_COUNTS = "world_size save_steps memory_steps stride slots max_tries max_failures max_to_keep keep_every_steps"
+_TIMES = "save_secs replica_bytes_per_s keep_every_hours save_timeout_s settle_timeout_s host_timeout_s"
 _WHOLE = frozenset(_COUNTS.split())
 _POSITIVE = _WHOLE | frozenset(_TIMES.split())
 _OVERLAPS = ("wait", "skip", "coalesce")
@@ -66,6 +68,8 @@ def checked(config: JobConfig) -> JobConfig:
         value = getattr(config, field.name)
         if value is not None and field.name in _POSITIVE:
             check_positive(_ARGUMENTS.get(field.name, field.name), value, whole=field.name in _WHOLE)
+    if type(config.replicas) is not int or config.replicas not in (0, 1):
+        raise UsageError(f"replicas must be 0 or 1, found {config.replicas!r}")
     if config.overlap not in _OVERLAPS:
         raise UsageError(f"overlap must be one of {', '.join(_OVERLAPS)}, found {config.overlap!r}")
     _check_basename(config.basename)
@@ -108,6 +112,7 @@ def check_local(on_error: str, timeouts: Timeouts, writers_per_host: int) -> Non
     if not isinstance(timeouts, Timeouts):
         raise UsageError(f"timeouts must be a ray_ckpt.Timeouts, found {timeouts!r}")
     check_positive("timeouts.start_s", timeouts.start_s, whole=False)
+    check_positive("timeouts.recover_s", timeouts.recover_s, whole=False)
     check_positive("writers_per_host", writers_per_host, whole=True)
 
 

@@ -59,12 +59,20 @@ class Slots:
         self._changed()
 
     def free(self, nbytes: int) -> Segment | None:
-        """An empty segment of at least this size, None if there is none now."""
+        """A segment of at least this size that nobody needs, None if there is none now.
+
+        An empty one, else the one whose snapshot, kept only for a restart, is the oldest.
+        """
         with self._lock:
-            for segment in self._segments.values():
-                if segment.data_nbytes >= nbytes and segment.state is SegmentState.EMPTY:
+            large = [segment for segment in self._segments.values() if segment.data_nbytes >= nbytes]
+            kept = []
+            for segment in large:
+                state = segment.state
+                if state is SegmentState.EMPTY:
                     return segment
-        return None
+                if state is SegmentState.KEPT:
+                    kept.append(segment)
+        return min(kept, key=lambda segment: segment.sealed_at, default=None)
 
     @property
     def nbytes(self) -> int:

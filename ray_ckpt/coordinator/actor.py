@@ -15,7 +15,8 @@ import ray
 
 from ray_ckpt.coordinator.clock import Clock
 from ray_ckpt.coordinator.executor import Executor
-from ray_ckpt.coordinator.leaving import leaving_nodes
+from ray_ckpt.coordinator.leaving import cluster_nodes, leaving_nodes
+from ray_ckpt.coordinator.names import hosts_with_agents
 from ray_ckpt.coordinator.questions import Questions, Seen
 from ray_ckpt.coordinator.threads import IoThreads
 from ray_ckpt.errors import StorageError
@@ -40,6 +41,8 @@ more seldom than this, what a save leaves in cycles (threads, errors) piles up t
 """
 _IO_THREADS = 8
 _IO_TIMEOUT_S = 300.0
+_NODES_S = 1.0
+_NODES = 500
 _LEAVING_S = 1.0
 _LEAVING_TIMEOUT_S = 10.0
 _NO_ANSWER_S = 5.0
@@ -149,11 +152,29 @@ class Coordinator:
         store = open_store(self._url, storage_options=self._options, single_coordinator=self._single_coordinator)
         gc.set_threshold(*_GC_THRESHOLDS)
         planner = self._logic.planner
-        self._executor = Executor(store, lambda save: planner.plan_of(save.segments))
+        self._executor = Executor(
+            store, lambda save: planner.plan_of(save.segments), agents=lambda: hosts_with_agents(self._url)
+        )
         self._logic.start(self._clock.now())
         self._spawn(self._watch_nodes())
+        self._spawn(self._watch_leaving())
 
     async def _watch_nodes(self) -> None:
+        """Hear of hosts that are gone, from whom nobody else would say so."""
+        while True:
+            # Ray lists all nodes in one answer: of many, less often.
+            await asyncio.sleep(_NODES_S * (1 + len(self._logic.roster.hosts) // _NODES))
+            if self._logic.idle:
+                continue
+            try:
+                nodes = await self._threads.run(_LEAVING_TIMEOUT_S, "Ray's list of nodes", cluster_nodes)
+            except Exception as error:
+                logger.debug("%s: which nodes are alive is not known: %r", self._url, error)
+                continue
+            if self._logic.on_nodes(nodes, self._clock.now()):
+                self._publish()
+
+    async def _watch_leaving(self) -> None:
         """Hear of hosts that are about to go."""
         trouble = ""
         while True:

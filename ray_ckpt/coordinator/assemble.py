@@ -15,7 +15,7 @@ from ray_ckpt.bundle import (
 )
 from ray_ckpt.errors import SaveError
 from ray_ckpt.metadata import DEFAULT_KIND, Metadata, RankTree, WriterNote, encode
-from ray_ckpt.protocol.saves import SaveState
+from ray_ckpt.protocol.save_state import SaveState
 from ray_ckpt.types import METADATA_KEY, Layout, Plan, ShardReport
 
 Entries = list[tuple[bytes, bytes]]

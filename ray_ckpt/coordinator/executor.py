@@ -12,7 +12,7 @@ from ray_ckpt.bundle import graph_name, index_name, parse_shard_name, parse_stat
 from ray_ckpt.coordinator.assemble import Entries, merged_index, metadata_shard, partitioned_entries
 from ray_ckpt.errors import DamagedError, ObjectMissingError, RayCkptError
 from ray_ckpt.protocol import flows
-from ray_ckpt.protocol.saves import SaveState
+from ray_ckpt.protocol.save_state import SaveState
 from ray_ckpt.storage import Store
 from ray_ckpt.timeline import timeline_path
 from ray_ckpt.types import Layout, Plan, ShardReport
@@ -21,12 +21,21 @@ PlanOf = Callable[[SaveState], tuple[Plan, Sequence[Layout]]]
 
 
 class Executor:
-    """``plan_of`` gives the plan of a save and the layouts by rank that it was made from."""
+    """``plan_of`` gives the plan of a save and the layouts by rank that it was made from; ``agents`` the hosts where
+    the run has one.
+    """
 
-    def __init__(self, store: Store, plan_of: PlanOf, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        store: Store,
+        plan_of: PlanOf,
+        clock: Callable[[], float] = time.time,
+        agents: Callable[[], frozenset[str]] = frozenset,
+    ) -> None:
         self._store = store
         self._plan_of = plan_of
         self._clock = clock
+        self._agents = agents
         self._partitioned: tuple[str, Entries] = ("", [])
 
     def run(self, io: flows.Io) -> Any:
@@ -113,6 +122,9 @@ class Executor:
         if head is not None:
             log.prune(self._store, head)
 
+    def _list_agents(self, _: flows.ListAgents) -> frozenset[str]:
+        return self._agents()
+
     def _committed(self, io: flows.Committed) -> None:
         self._store.put(timeline_path(io.save.attempt), encode_timeline(io.save, self._clock()))
 
@@ -134,6 +146,7 @@ _ACTIONS: dict[type[flows.Io], Callable[[Executor, Any], Any]] = {
     flows.DeleteClaim: Executor._delete_claim,
     flows.PruneLog: Executor._prune_log,
     flows.Committed: Executor._committed,
+    flows.ListAgents: Executor._list_agents,
 }
 
 

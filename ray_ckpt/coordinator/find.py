@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 import uuid
@@ -15,26 +14,16 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tenacity import Retrying, retry_if_exception_type, retry_if_not_exception_type, stop_after_delay, wait_fixed
 
 from ray_ckpt.coordinator.actor import remote_coordinator
+from ray_ckpt.coordinator.names import NAMESPACE, coordinator_name
 from ray_ckpt.errors import SaveError, UnavailableError, UsageError
 from ray_ckpt.protocol.messages import RunStatus
 from ray_ckpt.storage import locate
 
 logger = logging.getLogger(__name__)
 
-NAMESPACE = "ray_ckpt"
 LEASE_S = 30.0
 _CALL_S = 30.0
 _AGAIN_S = 0.5
-
-
-def run_id(url: str) -> str:
-    """A short name for the run in this directory: the same for every way to write its URL."""
-    return hashlib.blake2b(locate(url).url.encode(), digest_size=8).hexdigest()
-
-
-def coordinator_name(url: str) -> str:
-    """The name of the run's coordinator actor."""
-    return f"coordinator:{run_id(url)}"
 
 
 def find_or_start(url: str, storage_options: Mapping[str, Any], *, single_coordinator: bool = False) -> Any:

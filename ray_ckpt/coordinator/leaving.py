@@ -6,10 +6,22 @@ import time
 
 import ray
 
-from ray_ckpt.protocol.messages import Leaving
+from ray_ckpt.protocol.messages import Leaving, Nodes
 
 SLICE_LABEL = "ray.io/tpu-slice-name"
 """The hosts of a TPU slice are taken away together (Ray sets this label from the TPU's environment)."""
+
+
+def cluster_nodes() -> Nodes:
+    """The nodes that Ray has given up, and the TPU slice of each that lives. Equal from call to call.
+
+    Raises:
+        RayError, RuntimeError: the cluster's GCS does not answer.
+    """
+    nodes = ray.nodes()
+    slices = {str(n["NodeID"]): (n.get("Labels") or {}).get(SLICE_LABEL) for n in nodes if n["Alive"]}
+    dead = frozenset(str(n["NodeID"]) for n in nodes if not n["Alive"])
+    return Nodes(dead, tuple(sorted((node, name) for node, name in slices.items() if name)))
 
 
 def leaving_nodes() -> dict[str, Leaving]:

@@ -15,11 +15,13 @@ from ray_ckpt.protocol.flows import Flows, Io
 from ray_ckpt.protocol.generation import Generations
 from ray_ckpt.protocol.keeper import Keeper
 from ray_ckpt.protocol.ledger import Ledger
-from ray_ckpt.protocol.messages import HostReport, HostView, Leaving, RunStatus, SaveStatus
+from ray_ckpt.protocol.messages import HostReport, HostView, Leaving, Nodes, RunStatus, SaveStatus
 from ray_ckpt.protocol.pace import is_host_news
 from ray_ckpt.protocol.planner import Planner, replica_mismatch
-from ray_ckpt.protocol.roster import Roster
-from ray_ckpt.protocol.saves import Saves, SaveState
+from ray_ckpt.protocol.recall import Recall
+from ray_ckpt.protocol.roster import Roster, Save
+from ray_ckpt.protocol.save_state import SaveState
+from ray_ckpt.protocol.saves import Saves
 from ray_ckpt.protocol.views import Views
 from ray_ckpt.types import LogRecord
 
@@ -39,11 +41,12 @@ class CoordinatorLogic:
         self.ledger = Ledger(self.flows, owner)
         self.roster = Roster()
         self.saves = Saves(self.flows, self.ledger, self.roster)
-        self.generations = Generations(self.flows, self.ledger, self.roster, self.saves)
+        self.recall = Recall(self.ledger, self.roster)
+        self.generations = Generations(self.flows, self.ledger, self.roster, self.saves, self.recall)
         self.planner = Planner()
         self.cut = Cut(self.ledger, self.saves)
         self.keeper = Keeper(self.flows, self.ledger)
-        self.views = Views(self.ledger, self.roster, self.saves, self.generations, self.planner, self.cut)
+        self.views = Views(self.ledger, self.roster, self.saves, self.generations, self.planner, self.cut, self.recall)
         self.failures_in_a_row = 0
         self.last_error = ""
         self.derivations = 0
@@ -125,6 +128,13 @@ class CoordinatorLogic:
         if hosts == self._leaving:
             return False
         self._leaving = dict(hosts)
+        self.derive(now)
+        return True
+
+    def on_nodes(self, nodes: Nodes, now: float) -> bool:
+        """What Ray says of its nodes; whether something has changed."""
+        if not self.roster.told(nodes):
+            return False
         self.derive(now)
         return True
 
@@ -271,6 +281,8 @@ class CoordinatorLogic:
             failures_in_a_row=self.failures_in_a_row,
             last_error=self.last_error,
             waiting=self.generations.waiting_for(forming) if forming else self.ledger.trouble,
+            memory_step=_step_of(self.recall.newest) if head else None,
+            replicated_step=_step_of(self.recall.newest_doubled) if head else None,
             notes=tuple(f"{self.roster.name(host)} {found.text}" for host, found in sorted(self._leaving.items())),
         )
 
@@ -293,3 +305,7 @@ class CoordinatorLogic:
             for _, w in self.roster.workers()
         )
         return not going_on and not self.saves.active and self.keeper.idle and self.flows.idle
+
+
+def _step_of(save: Save | None) -> int | None:
+    return save[1] if save is not None else None

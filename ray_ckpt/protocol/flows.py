@@ -129,6 +129,11 @@ class Committed(Io):
 
 
 @dataclass(frozen=True, slots=True)
+class ListAgents(Io):
+    """Result: frozenset of the hosts that live and have an agent of this run, as Ray says."""
+
+
+@dataclass(frozen=True, slots=True)
 class Until:
     """Wait until the predicate holds; it is looked at after every event."""
 

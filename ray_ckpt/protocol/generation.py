@@ -8,14 +8,37 @@ may be drafted into a newer generation.
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
-from ray_ckpt.protocol.flows import Flow, Flows, ReadHead, Until
+from ray_ckpt.protocol.flows import Flow, Flows, Io, IoFailedError, ListAgents, ReadHead, Until
 from ray_ckpt.protocol.ledger import Ledger
 from ray_ckpt.protocol.messages import JobConfig, Problem, RestoreDecision, RestoreResult, RestoreWish, WorkerReport
-from ray_ckpt.protocol.roster import Roster
+from ray_ckpt.protocol.recall import Recall
+from ray_ckpt.protocol.roster import Roster, Save
 from ray_ckpt.protocol.saves import Saves
 from ray_ckpt.types import Checkpoint, Generation, LogRecord
+
+_INVENTORY_S = 5.0
+"""So long a start waits for hosts that may hold a newer snapshot than those that have spoken: by then an agent that was
+killed is back.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What a start restores: a checkpoint, or a snapshot that is newer than all of them, or nothing."""
+
+    checkpoint: Checkpoint | None
+    snapshot: Save | None = None
+
+    @property
+    def step(self) -> int | None:
+        """The step that it is of."""
+        if self.snapshot is not None:
+            return self.snapshot[1]
+        return self.checkpoint.step if self.checkpoint is not None else None
 
 
 @dataclass(slots=True)
@@ -37,11 +60,12 @@ class Forming:
 class Generations:
     """Forms, seals and starts generations; knows who is a member of the present one."""
 
-    def __init__(self, flows: Flows, ledger: Ledger, roster: Roster, saves: Saves) -> None:
+    def __init__(self, flows: Flows, ledger: Ledger, roster: Roster, saves: Saves, recall: Recall) -> None:
         self._flows = flows
         self._ledger = ledger
         self._roster = roster
         self._saves = saves
+        self._recall = recall
         self.forming: Forming | None = None
         self.members: dict[int, str] = {}
         self.config: JobConfig | None = None
@@ -50,9 +74,11 @@ class Generations:
         self.errors: dict[str, Problem] = {}
         self.note = ""
         self._known: set[str] = set()
-        self._bad: set[str] = set()
+        self._bad: set[str | Save] = set()
         self._falling_back = False
         self._roll_calls = 0
+        self._holders: dict[tuple[int, int], tuple[str, ...]] = {}
+        self._asked_since: float | None = None
 
     @property
     def current(self) -> Generation | None:
@@ -219,6 +245,7 @@ class Generations:
             return
         self._saves.settle(self.config)
         yield Until(lambda: self.forming is not forming or self._saves.settled)
+        yield from self._take_inventory(forming)
         top = yield from self._ledger.retry(ReadHead())
         if top is None or top.epoch != self._ledger.epoch:
             # The directory was emptied under us, or is another's: a coordinator that knows it as it is must choose.
@@ -237,6 +264,17 @@ class Generations:
         self._ledger.submit(
             lambda head: self._seal_record(head, forming, chosen, wish),
             lambda record: self._sealed(record, forming, members),
+        )
+
+    def _take_inventory(self, forming: Forming) -> Generator[Io | Until, Any, None]:
+        """Hear of what lies in the memory of all hosts, those without a worker of this start too."""
+        try:
+            hosts: frozenset[str] = yield ListAgents()
+        except IoFailedError:
+            return
+        until = self._ledger.now + _INVENTORY_S
+        yield Until(
+            lambda: self.forming is not forming or hosts <= self._roster.hosts.keys() or self._ledger.now >= until
         )
 
     def _fail(self, forming: Forming, problem: Problem) -> None:
@@ -265,22 +303,25 @@ class Generations:
             )
         return None
 
-    def _choose(self, wish: RestoreWish, bad: frozenset[str]) -> Checkpoint | None:
+    def _choose(self, wish: RestoreWish, bad: frozenset[str | Save]) -> Choice:
         live = [c for c in self._ledger.head.live if c.prefix not in bad]
         if wish.kind == "none":
-            return None
+            return Choice(None)
         if wish.kind == "step":
-            return next((c for c in reversed(live) if c.step == wish.step), None)
-        return next((c for c in reversed(live) if not c.superseded), None)
+            return Choice(next((c for c in reversed(live) if c.step == wish.step), None))
+        newest = next((c for c in reversed(live) if not c.superseded), None)
+        if wish.stored:
+            return Choice(newest)
+        snapshot = self._recall.newer_than(newest, [b for b in bad if not isinstance(b, str)])
+        return Choice(newest) if snapshot is None else Choice(None, snapshot)
 
-    def _seal_record(
-        self, head: LogRecord, forming: Forming, chosen: Checkpoint | None, wish: RestoreWish
-    ) -> LogRecord | None:
+    def _seal_record(self, head: LogRecord, forming: Forming, chosen: Choice, wish: RestoreWish) -> LogRecord | None:
         if self.forming is not forming:
             return None
         number = head.generation.number + 1 if head.generation else 1
-        generation = Generation(number, forming.config.world_size, chosen.step if chosen else None)
-        live = head.live if wish.kind == "none" and not forming.config.fresh else _supersede(head.live, chosen)
+        generation = Generation(number, forming.config.world_size, chosen.step, snapshot=chosen.snapshot)
+        keep = (wish.kind == "none" and not forming.config.fresh) or chosen.snapshot is not None
+        live = head.live if keep else _supersede(head.live, chosen.checkpoint)
         return self._ledger.next_record("seal", generation=generation, live=live)
 
     def _sealed(self, record: LogRecord, forming: Forming, members: dict[int, str]) -> None:
@@ -303,16 +344,29 @@ class Generations:
     # -- the restore ----------------------------------------------------------------------------------
 
     def decision(self) -> RestoreDecision | None:
-        """What the members of the present generation read."""
+        """What the members of the present generation read; None while that is not known (yet)."""
         current = self.current
         if current is None:
             return None
-        chosen = None
-        if current.restored_step is not None:
+        key, chosen = (current.number, current.round), None
+        if current.snapshot is None and current.restored_step is not None:
             matching = [c for c in self._ledger.head.live if c.step == current.restored_step]
             matching = [c for c in matching if c.generation < current.number] or matching
             chosen = matching[-1] if matching else None
-        return RestoreDecision(current.number, current.round, chosen, self.note)
+        if key not in self._holders:
+            of = current.snapshot or ((chosen.generation, chosen.step) if chosen else None)
+            holders = self._recall.holders(of)
+            if current.snapshot is not None and not holders and self._is_early(current):
+                return None
+            self._holders = {key: holders}
+        return RestoreDecision(*key, chosen, self.note, current.snapshot, self._holders[key])
+
+    def _is_early(self, current: Generation) -> bool:
+        """Whether hosts that hold the snapshot may not have spoken to this coordinator yet."""
+        if self._asked_since is None:
+            self._asked_since = self._ledger.now
+        patience = self.config.host_timeout_s if self.config is not None else _INVENTORY_S
+        return len(self.members) < current.world_size or self._ledger.now < self._asked_since + patience
 
     def _check_start(self) -> None:
         current = self.current
@@ -363,35 +417,40 @@ class Generations:
         rank, what = sorted(damage.items())[0]
         decision = self.decision()
         wish = reports[rank].restore
-        assert decision is not None
         assert wish is not None
-        if decision.checkpoint is not None:
+        if current.snapshot is not None:
+            self._bad.add(current.snapshot)
+        elif decision is not None and decision.checkpoint is not None:
             self._bad.add(decision.checkpoint.prefix)
-        bad = frozenset(self._bad)
-        chosen = self._choose(wish, bad) if wish.kind == "newest" else None
-        where = decision.checkpoint.prefix if decision.checkpoint else "?"
-        if chosen is None:
-            text = f"{where} cannot be read (rank {rank}: {what})"
-            if wish.kind == "newest":
-                text += " and there is no older checkpoint to take instead"
-            else:
-                others = ", ".join(str(c.step) for c in self._ledger.head.live if c.prefix not in bad) or "none"
-                text += f"; other steps are there: {others}"
-            for worker in self.members.values():
-                self.errors[worker] = Problem("DamagedError", text)
+        chosen = self._choose(wish, frozenset(self._bad)) if wish.kind == "newest" else Choice(None)
+        where = decision.checkpoint.prefix if decision is not None and decision.checkpoint else "?"
+        if current.snapshot is not None:
+            where = f"the snapshot of step {current.snapshot[1]} in host memory"
+        if chosen.step is None:
+            self._give_up(f"{where} cannot be read (rank {rank}: {what})", wish)
             return
         self.note = f"{where} is damaged (rank {rank}: {what}): taking step {chosen.step} instead"
         self._falling_back = True
         self._ledger.submit(lambda head: self._fall_back_record(head, current, chosen), lambda _: self._fallen_back())
 
-    def _fall_back_record(self, head: LogRecord, current: Generation, chosen: Checkpoint) -> LogRecord | None:
+    def _give_up(self, text: str, wish: RestoreWish) -> None:
+        if wish.kind == "newest":
+            text += " and there is no older checkpoint to take instead"
+        else:
+            others = ", ".join(str(c.step) for c in self._ledger.head.live if c.prefix not in self._bad) or "none"
+            text += f"; other steps are there: {others}"
+        for worker in self.members.values():
+            self.errors[worker] = Problem("DamagedError", text)
+
+    def _fall_back_record(self, head: LogRecord, current: Generation, chosen: Choice) -> LogRecord | None:
         if head.generation is None or head.generation.number != current.number:
             self._falling_back = False
             return None
-        generation = replace(head.generation, restored_step=chosen.step, round=head.generation.round + 1)
-        return self._ledger.next_record(
-            "seal", generation=generation, live=_supersede(head.live, chosen), reason=self.note
+        generation = replace(
+            head.generation, restored_step=chosen.step, round=head.generation.round + 1, snapshot=chosen.snapshot
         )
+        live = head.live if chosen.snapshot is not None else _supersede(head.live, chosen.checkpoint)
+        return self._ledger.next_record("seal", generation=generation, live=live, reason=self.note)
 
     def _fallen_back(self) -> None:
         self._falling_back = False

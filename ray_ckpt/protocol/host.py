@@ -1,7 +1,8 @@
-"""One host's side of the protocol: which sealed snapshots to write or free, and what to report.
+"""One host's side of the protocol: which sealed snapshots to write, copy, keep or free, and what to report.
 
-A snapshot is freed only once its save is decided and no writer of it may live; a shard's path is used by one try
-(the number comes from a counter in the snapshot itself, so it survives this process).
+A snapshot is let go only once its save is decided and no writer of it may live, and freed only once no restart needs it
+either; a shard's path is used by one try (the number comes from a counter in the snapshot itself, so it survives this
+process).
 """
 
 from __future__ import annotations
@@ -37,12 +38,35 @@ class StartWrite:
         """The writer's number among all of the save."""
         return self.segment.writer_base + self.local
 
+    def shard_id(self, attempt_try: int) -> int:
+        """The shard that this try owns. Those of a copy follow on all that the snapshot itself can have."""
+        first = self.order.max_tries if self.segment.replica else 0
+        return (first + attempt_try) * self.order.num_writers + self.writer
+
 
 @dataclass(frozen=True, slots=True)
 class Free:
     """The snapshot in this segment is no longer needed."""
 
     segment: SegmentInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """No save needs the snapshot in this segment any more; it stays until the memory is needed."""
+
+    segment: SegmentInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Mirror:
+    """Have the ``peer`` copy this snapshot; answer with `on_mirrored`."""
+
+    segment: SegmentInfo
+    peer: str
+
+
+Action = StartWrite | Free | Keep | Mirror
 
 
 class HostLogic:
@@ -60,6 +84,8 @@ class HostLogic:
         self._layouts: dict[str, Layout] = {}
         self._writing: set[tuple[str, int]] = set()
         self._freeing: set[str] = set()
+        self._mirroring: str | None = None
+        self._mirrored: set[tuple[str, int]] = set()
         self._shards: dict[tuple[str, int], ShardReport] = {}
         self._failures: dict[tuple[str, int], WriteFailure] = {}
         self._sequence = 0
@@ -91,9 +117,10 @@ class HostLogic:
         without a snapshot of it is one that will never have one.
         """
         found = {s.name: s for s in sealed}
-        self._news |= found != self._segments
+        self._news |= _contents(found) != _contents(self._segments)
         self._segments = found
         self._freeing &= self._segments.keys()
+        self._mirrored &= _contents(found)
         self._layouts.update(layouts or {})
 
     def on_view(self, view: HostView) -> None:
@@ -124,29 +151,65 @@ class HostLogic:
         self._freeing.discard(name)
         self._segments.pop(name, None)
 
+    def on_mirrored(self, segment: SegmentInfo) -> None:
+        """The peer has its copy of this snapshot, or will not have one."""
+        self._mirroring = None
+        self._mirrored.add((segment.name, segment.fills))
+
     # -- what to do, what to say --------------------------------------------------------------------
 
-    def take(self) -> list[StartWrite | Free]:
-        """The actions to start now. Each is handed out once."""
-        if self.view is None:
+    def take(self) -> list[Action]:
+        """The actions to start now. Each is handed out once, but for `Keep`, until the segment is kept."""
+        view = self.view
+        if view is None:
             return []
-        actions: list[StartWrite | Free] = []
+        actions: list[Action] = []
         busy = {name for name, _ in self._writing}
         for segment in list(self._segments.values()):
-            if self._releasable(segment, self.view) and segment.name not in busy | self._freeing:
+            if not self._settled(segment, view) or segment.name in busy | self._freeing:
+                continue
+            if segment.save < view.kept_from:
                 self._freeing.add(segment.name)
                 actions.append(Free(segment))
-        actions.extend(self._startable(self.view.orders))
+            elif not segment.kept and not self._awaits_mirror(segment, view):
+                actions.append(Keep(segment))
+        actions.extend(self._startable(view.orders))
+        actions.extend(self._next_mirror(view))
         return actions
 
     @staticmethod
-    def _releasable(segment: SegmentInfo, view: HostView) -> bool:
-        return segment.save in view.decided or segment.generation < view.oldest_generation
+    def _settled(segment: SegmentInfo, view: HostView) -> bool:
+        """Whether no save needs the snapshot any more."""
+        over = segment.save in view.decided or segment.generation < view.oldest_generation
+        return over or segment.kept or segment.trigger == "memory"
+
+    def _awaits_mirror(self, segment: SegmentInfo, view: HostView) -> bool:
+        """Whether a copy of it is to be made, or being made: nobody must overwrite it until then."""
+        if segment.name == self._mirroring:
+            return True
+        known = (segment.name, segment.fills) in self._mirrored
+        return bool(view.peer) and not segment.replica and not known and segment is self._newest_of(segment.rank)
+
+    def _newest_of(self, rank: int) -> SegmentInfo | None:
+        own = [s for s in self._segments.values() if s.rank == rank and not s.replica]
+        return max(own, key=lambda s: s.save, default=None)
+
+    def _next_mirror(self, view: HostView) -> Iterable[Mirror]:
+        """One copy at a time, so that the training on both hosts keeps the network and the memory bus."""
+        if self._mirroring is not None:
+            return
+        for segment in sorted(self._segments.values(), key=lambda s: s.save):
+            if segment.name not in self._freeing and self._awaits_mirror(segment, view):
+                self._mirroring = segment.name
+                yield Mirror(segment, view.peer)
+                return
 
     def _startable(self, orders: Sequence[WriteOrder]) -> Iterable[StartWrite]:
         for order in sorted(orders, key=lambda o: o.step):
             for segment in self._segments.values():
-                if segment.save != order.save or segment.plan_id != order.plan_id:
+                if segment.save != order.save or segment.plan_id != order.plan_id or segment.trigger == "memory":
+                    continue
+                if segment.replica and segment.rank not in order.replicas:
                     continue
                 for local in range(segment.writers):
                     if len(self._writing) >= self.max_writes:
@@ -202,11 +265,23 @@ class HostLogic:
 
     @property
     def idle(self) -> bool:
-        """No worker goes on, nothing is left to write: the agent may end.
+        """No worker goes on, nothing is left to write: the agent may end, but for what a restart may need of it.
 
         A worker that was refused does not go on: for its sake no coordinator may take the directory over again.
         """
         refused = {view.worker for view in self.view.workers if view.refused is not None} if self.view else set()
         over = self._dead | refused
         going_on = any(not report.finished and worker not in over for worker, report in self.workers.items())
-        return not going_on and not self._writing and not self._segments
+        unwritten = any(not s.kept and s.trigger != "memory" for s in self._segments.values())
+        return not going_on and not self._writing and not unwritten
+
+    @property
+    def recoverable(self) -> bool:
+        """Whether snapshots lie here of a job that has not come to its end, as far as this host knows."""
+        closed = bool(self.workers) and all(report.closed for report in self.workers.values())
+        return bool(self._segments) and not closed
+
+
+def _contents(segments: Mapping[str, SegmentInfo]) -> set[tuple[str, int]]:
+    """What lies in these segments; that it need not stay any more is no other content."""
+    return {(s.name, s.fills) for s in segments.values()}

@@ -9,7 +9,8 @@ from ray_ckpt.types import Checkpoint, Layout, RankPlan, ShardReport
 
 Overlap = Literal["wait", "skip", "coalesce"]
 ProposalKind = Literal["save", "stop"]
-Trigger = Literal["cadence", "proposal", "explicit", "final"]
+Trigger = Literal["cadence", "proposal", "explicit", "final", "memory"]
+"""Why a snapshot was taken; "memory": for a restart only, no save is made of it."""
 
 
 DELETE_GRACE_S = 60.0
@@ -24,7 +25,9 @@ BASENAME = "model.ckpt"
 class JobConfig:
     """The settings that every rank of a job must share.
 
-    ``save_steps`` / ``save_secs``: the cadence, at most one of them. ``overlap``: what to do when a save is
+    ``save_steps`` / ``save_secs``: the cadence, at most one of them. ``memory_steps``: that of snapshots which only lie
+    in host memory. ``replicas``: on how many other hosts each snapshot has a copy (0 or 1); ``replica_bytes_per_s``
+    bounds the rate that each host copies at. ``overlap``: what to do when a save is
     due and no snapshot memory is free. ``max_failures``: failed saves in a row before the job stops.
     ``start``: what tells this start of the job from others, rising from start to start where it is given: then a
     process of an older start that was never told to go is not taken for a rank of this one. ``*_timeout_s``:
@@ -39,6 +42,9 @@ class JobConfig:
     world_size: int
     save_steps: int | None = None
     save_secs: float | None = None
+    memory_steps: int | None = None
+    replicas: int = 0
+    replica_bytes_per_s: float | None = None
     stride: int = 1
     overlap: Overlap = "wait"
     slots: int = 2
@@ -61,10 +67,14 @@ class JobConfig:
 
 @dataclass(frozen=True, slots=True)
 class RestoreWish:
-    """What a worker asked for: ``newest``, ``step`` (that one) or ``none`` (it trains without a restore)."""
+    """What a worker asked for: ``newest``, ``step`` (that one) or ``none`` (it trains without a restore).
+
+    ``stored``: files in the store are wanted, as something else reads them.
+    """
 
     kind: Literal["newest", "step", "none"]
     step: int | None = None
+    stored: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +123,14 @@ class Leaving:
 
 
 @dataclass(frozen=True, slots=True)
+class Nodes:
+    """What Ray says of its cluster: the nodes that are dead, and the failure domain of each that lives (by id)."""
+
+    dead: frozenset[str] = frozenset()
+    domains: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerReport:
     """The whole state of one training process, as far as others need it.
 
@@ -123,7 +141,8 @@ class WorkerReport:
     None once the view has acknowledged ``fingerprint``. ``started``: this worker has been told that all ranks have
     restored, so it is bound to its generation; until then it may be drafted into a newer one. ``pending`` are steps
     it snapshotted or skipped without having heard how the save ended; ``due_step`` is one it is still about to
-    snapshot, held in `step()` for a plan or for memory.
+    snapshot, held in `step()` for a plan or for memory. ``closed``: it has finished and all that it had to save is
+    committed, so nobody needs its memory.
     """
 
     worker: str
@@ -150,6 +169,7 @@ class WorkerReport:
     skipped: tuple[tuple[int, str], ...] = ()
     pending: tuple[int, ...] = ()
     finished: bool = False
+    closed: bool = False
 
     @property
     def reached(self) -> int:
@@ -182,12 +202,24 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class RestoreDecision:
-    """The one checkpoint that all ranks of a generation read (None: there is none to read)."""
+    """What all ranks of a generation read: a checkpoint, or a newer ``snapshot`` (generation, step); or nothing.
+
+    ``holders``: by rank of the start that saved it, the host in whose memory the bytes lie; empty where they do not.
+    """
 
     generation: int
     round: int
     checkpoint: Checkpoint | None
     note: str = ""
+    snapshot: tuple[int, int] | None = None
+    holders: tuple[str, ...] = ()
+
+    @property
+    def step(self) -> int | None:
+        """The step that it is of."""
+        if self.snapshot is not None:
+            return self.snapshot[1]
+        return self.checkpoint.step if self.checkpoint is not None else None
 
     @property
     def key(self) -> tuple[int, int]:
@@ -226,8 +258,10 @@ class WorkerView:
 class SegmentInfo:
     """A sealed snapshot in a host's memory.
 
-    ``writers`` of the job's ``num_writers``, from ``writer_base`` on, write it. ``digests``: crc32c of the replicas
-    checked, by leaf name. ``due`` and ``sealed`` are wall-clock times, for people.
+    ``writers`` of the job's ``num_writers``, from ``writer_base`` on, write it. ``digests``: crc32c of the leaves of
+    several ranks checked, by leaf name. ``due`` and ``sealed`` are wall-clock times, for people. ``fills`` tells it
+    from what the segment held before and will hold later. ``kept``: it may be overwritten at any time. ``replica``: it
+    is a copy of what lies or lay in another host's memory.
     """
 
     rank: int
@@ -244,6 +278,9 @@ class SegmentInfo:
     name: str = ""
     due: float = 0.0
     sealed: float = 0.0
+    fills: int = 0
+    kept: bool = False
+    replica: bool = False
 
     @property
     def save(self) -> tuple[int, int]:
@@ -286,7 +323,8 @@ class HostReport:
 class WriteOrder:
     """Write every sealed snapshot of this save that you hold. Shard of try t of writer i: t*W + i.
 
-    ``done`` are those of the host's writers whose report has arrived at the coordinator.
+    ``done`` are those of the host's writers whose report has arrived at the coordinator. ``replicas``: ranks whose copy
+    here is to be written, since their own host is gone; the tries of copies are ``max_tries`` to 2 * ``max_tries`` - 1.
     """
 
     attempt: str
@@ -297,6 +335,8 @@ class WriteOrder:
     num_writers: int
     max_tries: int
     done: tuple[int, ...] = ()
+    replicas: tuple[int, ...] = ()
+    copies: int = 1
 
     @property
     def epoch(self) -> int:
@@ -306,7 +346,7 @@ class WriteOrder:
     @property
     def num_shards(self) -> int:
         """The number in every file name: all tries of all writers, and the coordinator's own shard."""
-        return self.num_writers * self.max_tries + 1
+        return self.num_writers * self.max_tries * self.copies + 1
 
     @property
     def save(self) -> tuple[int, int]:
@@ -318,7 +358,9 @@ class WriteOrder:
 class HostView:
     """What concerns one host.
 
-    A snapshot may be freed if its save is in ``decided`` or its generation is below ``oldest_generation``.
+    No save needs a snapshot any more if its own is in ``decided`` or its generation is below ``oldest_generation``;
+    those before ``kept_from``, in the order of (generation, step), no restart needs either. ``peer``: the host that
+    copies this one's snapshots; empty for none.
     ``fingerprints`` are the layouts that have arrived. ``poll_s``: how long the host leaves its question for the next
     view open. ``watched``: the steps of its workers' loops are news as well.
     """
@@ -332,6 +374,8 @@ class HostView:
     fingerprints: tuple[str, ...] = ()
     poll_s: float = 1.0
     watched: bool = False
+    kept_from: tuple[int, int] = (0, 0)
+    peer: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,7 +394,11 @@ class SaveStatus:
 
 @dataclass(frozen=True, slots=True)
 class RunStatus:
-    """A coordinator's own view of its run, for `Checkpointer.status()` and the command line."""
+    """A coordinator's own view of its run, for `Checkpointer.status()` and the command line.
+
+    ``memory_step``: the newest step that lies whole in host memory; ``replicated_step``: of which every rank's part
+    lies on a second host as well.
+    """
 
     url: str
     phase: str
@@ -364,3 +412,5 @@ class RunStatus:
     last_error: str
     waiting: str
     notes: tuple[str, ...] = field(default=())
+    memory_step: int | None = None
+    replicated_step: int | None = None

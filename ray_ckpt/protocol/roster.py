@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-from ray_ckpt.protocol.messages import HostReport, SegmentInfo, WorkerReport
+from ray_ckpt.protocol.messages import HostReport, Nodes, SegmentInfo, WorkerReport
 from ray_ckpt.protocol.pace import spread_s
 
 Save = tuple[int, int]
@@ -22,13 +22,16 @@ class Host:
 class Roster:
     """Level-triggered: a newer report replaces all that an older one said.
 
-    ``stepped`` is when a worker's own word last came in: what is known of the loops' steps is as old as that.
+    ``stepped`` is when a worker's own word last came in: what is known of the loops' steps is as old as that. ``nodes``
+    is what Ray says. ``changed`` rises whenever another snapshot is in a host's memory than before, or a host is gone.
     """
 
     def __init__(self) -> None:
         self.hosts: dict[str, Host] = {}
         self.worker_hosts: dict[str, str] = {}
         self.stepped = float("-inf")
+        self.nodes = Nodes()
+        self.changed = 0
         self._workers: dict[str, WorkerReport] = {}
         self._sequences: dict[str, int] = {}
         self._segments: dict[tuple[int, Save], dict[str, SegmentInfo]] = {}
@@ -45,6 +48,8 @@ class Roster:
             if (same and report.sequence <= known.sequence) or (not same and report.incarnation < known.incarnation):
                 return False
             self._forget(known)
+        if known is None or known.segments != report.segments:
+            self.changed += 1
         self.hosts[report.host] = Host(report, now)
         for segment in report.segments:
             self._segments.setdefault((segment.rank, segment.save), {})[report.host] = segment
@@ -72,6 +77,7 @@ class Roster:
         """Drop the hosts not heard of since ``before``, but those of the workers to ``keep``; their ids."""
         kept = {self.worker_hosts.get(worker) for worker in keep}
         gone = [name for name, host in self.hosts.items() if host.seen < before and name not in kept]
+        self.changed += len(gone)
         for name in gone:
             report = self.hosts.pop(name).report
             self._forget(report)
@@ -96,10 +102,22 @@ class Roster:
         """The newest report of one worker."""
         return self._workers.get(worker)
 
+    def told(self, nodes: Nodes) -> bool:
+        """Take in what Ray says of its nodes; whether it is anything new."""
+        new = nodes != self.nodes
+        self.changed += new
+        self.nodes = nodes
+        return new
+
+    def lost(self, host: str) -> bool:
+        """Whether Ray says that a host is dead: then it never comes back under this id."""
+        return host in self.nodes.dead
+
     def dead(self, worker: str) -> bool:
-        """Whether the worker's own host says that its process is gone."""
-        host = self.hosts.get(self.worker_hosts.get(worker, ""))
-        return host is not None and worker in host.report.dead
+        """Whether the worker's process is gone: its own host says so, or that is gone itself."""
+        where = self.worker_hosts.get(worker, "")
+        host = self.hosts.get(where)
+        return self.lost(where) or (host is not None and worker in host.report.dead)
 
     def silent(self, worker: str, before: float) -> bool:
         """Whether the worker's host has not been heard of since ``before``."""
@@ -118,6 +136,11 @@ class Roster:
         """A name people know for a host; its id where nothing has been heard of it."""
         known = self.hosts.get(host)
         return (known.report.name or known.report.host) if known else host or "an unknown host"
+
+    def snapshots(self) -> Iterator[tuple[int, Save, dict[str, SegmentInfo]]]:
+        """(rank, save, snapshot by host) of all that lies in the memory of hosts."""
+        for (rank, save), held in self._segments.items():
+            yield rank, save, held
 
     def segment(self, worker: str, rank: int, save: Save) -> SegmentInfo | None:
         """The sealed snapshot of a rank for a save, wherever it lies (its own host first)."""

@@ -1,9 +1,5 @@
 """The saves of the present generation, each from its first sealed snapshot to commit or abort.
 
-    claiming --> writing --> indexing --> committing --> committed
-        |           |            |             |
-        +-----------+------------+-------------+--> failed
-
 A save fails when some rank can no longer contribute, when a shard cannot be written, or at its deadline.
 Commits happen in the order of their steps, so the newest commit never goes back (I2).
 """
@@ -11,8 +7,8 @@ Commits happen in the order of their steps, so the newest commit never goes back
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 from ray_ckpt.protocol.flows import (
     Committed,
@@ -28,92 +24,13 @@ from ray_ckpt.protocol.flows import (
     Until,
 )
 from ray_ckpt.protocol.ledger import Ledger
-from ray_ckpt.protocol.messages import BASENAME, HostReport, JobConfig, SaveOutcome, SegmentInfo, WriteOrder
+from ray_ckpt.protocol.messages import HostReport, JobConfig, SaveOutcome, SegmentInfo
 from ray_ckpt.protocol.roster import Roster
-from ray_ckpt.types import Checkpoint, Claim, LogRecord, ShardReport
-
-Stage = Literal["claiming", "writing", "indexing", "committing", "committed", "failed"]
-
-TRANSITIONS: dict[Stage, tuple[Stage, ...]] = {
-    "claiming": ("writing", "failed"),
-    "writing": ("indexing", "failed"),
-    "indexing": ("committing", "failed"),
-    "committing": ("committed", "failed"),
-    "committed": (),
-    "failed": (),
-}
-"""The documentation's diagram is drawn from this table."""
-
-Key = tuple[int, int]
+from ray_ckpt.protocol.save_state import Key, SaveState, writers_of
+from ray_ckpt.types import Checkpoint, Claim, LogRecord
 
 _DROPPED_S = 2.0
 """A rank that has refused a step may be just there, and about to save it because it is asked to."""
-
-
-@dataclass(slots=True)
-class SaveState:
-    """One save under way. ``key`` is (generation, step); ``failure`` set means that it must not commit any more."""
-
-    key: Key
-    attempt: str
-    plan_id: str
-    world_size: int
-    num_writers: int
-    max_tries: int
-    opened: float
-    deadline: float
-    stage: Stage = "claiming"
-    prefix: str = ""
-    segments: dict[int, SegmentInfo] = field(default_factory=dict)
-    holders: dict[int, str] = field(default_factory=dict)
-    shards: dict[int, ShardReport] = field(default_factory=dict)
-    failure: str | None = None
-    quiet: bool = False
-    fatal: bool = False
-    nbytes: int = 0
-    appending: bool = False
-    basename: str = BASENAME
-
-    @property
-    def step(self) -> int:
-        """The training step that is saved."""
-        return self.key[1]
-
-    @property
-    def sealed(self) -> bool:
-        """All ranks hold a snapshot."""
-        return len(self.segments) == self.world_size
-
-    @property
-    def whole(self) -> bool:
-        """All ranks hold a snapshot and all their shards are safe."""
-        return self.sealed and len(self.shards) == self.num_writers
-
-    @property
-    def order(self) -> WriteOrder:
-        """What the hosts are told to write."""
-        return WriteOrder(self.attempt, *self.key, self.plan_id, self.prefix, self.num_writers, self.max_tries)
-
-    def order_for(self, report: HostReport) -> WriteOrder:
-        """The order as one host gets it: with what has arrived of its own writers' work, not of all others'."""
-        held = [range(s.writer_base, s.writer_base + s.writers) for s in report.segments if s.save == self.key]
-        mine = {w for writers in held for w in writers}
-        mine.update(shard.writer for shard in report.shards if shard.attempt == self.attempt)
-        return replace(self.order, done=tuple(sorted(mine & self.shards.keys())))
-
-    def to(self, stage: Stage) -> None:
-        """Change the stage; an impossible change is a bug and tells the save's story."""
-        if stage not in TRANSITIONS[self.stage]:
-            raise AssertionError(f"{self.stage} -> {stage} is impossible: {self}")
-        self.stage = stage
-
-    def fail(self, reason: str, *, quiet: bool = False, fatal: bool = False) -> None:
-        """Decide that this save must not commit; the first reason stands.
-
-        Too late once its record is on the way to the log: then only the log knows.
-        """
-        if self.failure is None and not self.appending:
-            self.failure, self.quiet, self.fatal = reason, quiet, fatal
 
 
 class Saves:
@@ -177,7 +94,7 @@ class Saves:
 
     def _take_in(self, report: HostReport) -> None:
         for segment in report.segments:
-            save = self._save_of(segment)
+            save = self._save_of(segment) if segment.trigger != "memory" and not segment.kept else None
             if save is None:
                 continue
             if (segment.plan_id, segment.world_size) != (save.plan_id, save.world_size):
@@ -187,7 +104,7 @@ class Saves:
                 )
             else:
                 save.segments.setdefault(segment.rank, segment)
-                save.holders[segment.rank] = report.host
+                (save.replicas if segment.replica else save.holders)[segment.rank] = report.host
         by_attempt = {save.attempt: save for save in self.active.values()}
         for shard in report.shards:
             owner = by_attempt.get(shard.attempt)
@@ -251,6 +168,7 @@ class Saves:
             world_size=segment.world_size,
             num_writers=segment.num_writers,
             max_tries=self._config.max_tries,
+            copies=1 + self._config.replicas,
             opened=self._ledger.now,
             deadline=self._ledger.now + self._config.save_timeout_s,
             basename=self._config.basename,
@@ -276,27 +194,52 @@ class Saves:
                     return
         lost = self._lost_host(save, config)
         if lost is not None:
-            save.fail(f"{lost} was not heard of for {2 * config.host_timeout_s:.0f} s: {self.late(save)}")
+            save.fail(f"{lost}: {self.late(save)}")
         if self._settling_since is not None and self._ledger.now > self._settling_since + config.settle_timeout_s:
             save.fail(f"not finished in time for the next start of the job: {self.late(save)}")
         if self._ledger.now > save.deadline and save.stage != "committing":
             save.fail(f"not finished within {config.save_timeout_s:.0f} s: {self.late(save)}")
 
     def _lost_host(self, save: SaveState, config: JobConfig) -> str | None:
-        """A host that still owes a snapshot or a shard and is silent for longer than any restart of its agent."""
-        silent = self._ledger.now - 2 * config.host_timeout_s
+        """What is wrong with a host that is gone and still owes a snapshot or a shard, unless a replica serves."""
         for rank in range(save.world_size):
             segment = save.segments.get(rank)
+            worker = self.worker_of(rank)
             if segment is None:
-                worker = self.worker_of(rank)
-                if worker and self._roster.worker(worker) and self._roster.silent(worker, silent):
-                    return self._roster.host_name(worker)
-                continue
-            writers = range(segment.writer_base, segment.writer_base + segment.writers)
-            host = self._roster.hosts.get(save.holders[rank])
-            late = host is not None and self._roster.host_silent(host, silent)
-            if host is not None and late and any(w not in save.shards for w in writers):
-                return host.report.name or host.report.host
+                host = self._roster.worker_hosts.get(worker or "")
+                gone = self._gone(host, config) if host and worker and self._roster.worker(worker) else None
+            elif any(w not in save.shards for w in writers_of(segment)):
+                gone = self._gone(self._holder(save, rank), config)
+                if gone is not None and self._take_over(save, rank, config):
+                    gone = None
+            else:
+                gone = None
+            if gone is not None:
+                return gone
+        return None
+
+    def _holder(self, save: SaveState, rank: int) -> str:
+        """The host that is to write a rank's snapshot."""
+        held = save.taken_over.get(rank) or save.holders.get(rank)
+        return held or self._roster.worker_hosts.get(self.worker_of(rank) or "", "")
+
+    def _take_over(self, save: SaveState, rank: int, config: JobConfig) -> bool:
+        """Have the copy of a rank's snapshot written, whose host is gone; False where there is none left to write."""
+        replica = save.replicas.get(rank)
+        if replica is None or rank in save.taken_over or self._gone(replica, config) is not None:
+            return False
+        save.taken_over[rank] = replica
+        return True
+
+    def _gone(self, host: str, config: JobConfig) -> str | None:
+        """Why nothing more is expected of a host: Ray says it is dead, or its agent is silent for longer than any
+        restart of it takes.
+        """
+        known = self._roster.hosts.get(host)
+        if self._roster.lost(host):
+            return f"{self._roster.name(host)} is gone"
+        if known is not None and self._roster.host_silent(known, self._ledger.now - 2 * config.host_timeout_s):
+            return f"{self._roster.name(host)} was not heard of for {2 * config.host_timeout_s:.0f} s"
         return None
 
     def _hopeless(self, save: SaveState, rank: int, config: JobConfig) -> str | None:
@@ -310,7 +253,8 @@ class Saves:
             return f"rank {rank} has not been heard of since the coordinator started" if waited else None
         where = f"rank {rank} on {self._roster.host_name(worker)}"
         if self._roster.dead(worker):
-            return f"the training process of {where} ended before its snapshot of step {save.step}"
+            what = "host" if self._roster.lost(self._roster.worker_hosts.get(worker, "")) else "training process"
+            return f"the {what} of {where} ended before its snapshot of step {save.step}"
         skipped = dict(report.skipped).get(save.step)
         if skipped is not None:
             return f"{where}: {skipped}"
@@ -341,12 +285,11 @@ class Saves:
         if missing:
             return f"no snapshot from rank {', '.join(map(str, missing[:8]))}"
         for rank, segment in sorted(save.segments.items()):
-            writers = range(segment.writer_base, segment.writer_base + segment.writers)
-            open_ = [w for w in writers if w not in save.shards]
+            open_ = [w for w in writers_of(segment) if w not in save.shards]
             if open_:
-                host = self._roster.hosts.get(save.holders[rank])
-                name = (host.report.name or host.report.host) if host else "a lost host"
-                return f"shard of writer {open_[0]} (rank {rank} on {name})"
+                name = self._roster.name(self._holder(save, rank))
+                copy = ", from its replica" if rank in save.taken_over else ""
+                return f"shard of writer {open_[0]} (rank {rank} on {name}{copy})"
         return f"storage, in stage {save.stage}" + (f" ({self._ledger.trouble})" if self._ledger.trouble else "")
 
     # -- the flow of one save -----------------------------------------------------------------------------

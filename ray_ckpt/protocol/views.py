@@ -17,14 +17,16 @@ from ray_ckpt.protocol.ledger import Ledger
 from ray_ckpt.protocol.messages import HostReport, HostView, SaveOutcome, WorkerReport, WorkerView
 from ray_ckpt.protocol.pace import WATCHED_S, poll_s
 from ray_ckpt.protocol.planner import Planner
+from ray_ckpt.protocol.recall import Recall, peers
 from ray_ckpt.protocol.roster import Roster
-from ray_ckpt.protocol.saves import Saves, SaveState
+from ray_ckpt.protocol.save_state import SaveState
+from ray_ckpt.protocol.saves import Saves
 
 _HOST_TIMEOUT_S = 30.0
 """Where no job has said anything yet."""
 
 
-_common_part = attrgetter("epoch", "oldest_generation", "fingerprints", "poll_s", "watched")
+_common_part = attrgetter("epoch", "oldest_generation", "fingerprints", "poll_s", "watched", "peer")
 _worker_part = attrgetter(
     "worker", "roll_call", "generation", "refused", "error", "restore", "restore_done", "fingerprint", "proposals"
 )
@@ -37,8 +39,8 @@ def adds_to(view: HostView, known: HostView) -> bool:
     """
     if _common_part(view) != _common_part(known) or not set(view.decided) <= set(known.decided):
         return True
-    attempts = {order.attempt for order in known.orders}
-    if any(order.attempt not in attempts for order in view.orders):
+    orders = {(order.attempt, order.replicas) for order in known.orders}
+    if any((order.attempt, order.replicas) not in orders for order in view.orders):
         return True
     workers = {worker.worker: worker for worker in known.workers}
     return any(_worker_adds(worker, workers.get(worker.worker)) for worker in view.workers)
@@ -56,7 +58,14 @@ class Views:
     """Reads the coordinator's parts; `refresh` after they have changed, `touch` for a host that has reported."""
 
     def __init__(
-        self, ledger: Ledger, roster: Roster, saves: Saves, generations: Generations, planner: Planner, cut: Cut
+        self,
+        ledger: Ledger,
+        roster: Roster,
+        saves: Saves,
+        generations: Generations,
+        planner: Planner,
+        cut: Cut,
+        recall: Recall,
     ) -> None:
         self._ledger = ledger
         self._roster = roster
@@ -64,6 +73,8 @@ class Views:
         self._generations = generations
         self._planner = planner
         self._cut = cut
+        self._recall = recall
+        self._peers: dict[str, str] = {}
         self._version = 0
         self._touched: set[str] = set()
         self._fresh: set[str] = set()
@@ -97,6 +108,7 @@ class Views:
         # While somebody waits, whom for is to be told without news: it goes with the answer that says nothing else.
         waited_for = forming is not None or bool(self._saves.active)
         self._poll_s = poll_s(len(self._roster.hosts), timeout_s, watched=self._cut.watching or waited_for)
+        self._peers = self._find_peers()
         common = self._find_common(forming)
         if common != self._common:
             self._common = common
@@ -123,6 +135,22 @@ class Views:
             if rank not in save.segments and members.get(rank) in hosts
         )
 
+    def _find_peers(self) -> dict[str, str]:
+        """Which host copies which one's snapshots."""
+        config = self._generations.config
+        if config is None or not config.replicas or not self._generations.started:
+            return {}
+        domains = dict(self._roster.nodes.domains)
+        hosts = {self._roster.worker_hosts.get(worker, "") for worker in self._generations.members.values()}
+        return peers({host: domains.get(host, host) for host in hosts if host and not self._roster.lost(host)})
+
+    @property
+    def _kept_from(self) -> tuple[int, int]:
+        """The oldest snapshot that a restart may still need. While one is under way: all."""
+        if self._generations.forming is not None or not self._generations.started:
+            return (0, 0)
+        return self._recall.newest or (0, 0)
+
     def _find_common(self, forming: Forming | None) -> tuple[Any, ...]:
         """All that views are made of beside the host's own report, as far as it is worth an answer at once."""
         generations, saves, cut = self._generations, self._saves, self._cut
@@ -135,6 +163,7 @@ class Views:
             tuple(cut.proposals.values()),
             tuple(cut.request_outcomes)[-1:],
             (tuple(saves.active), tuple(save.order for save in self._writing), tuple(saves.outcomes)[-1:]),
+            (tuple(tuple(save.taken_over.items()) for save in self._writing), tuple(self._peers.items())),
             (self._poll_s, cut.watching),
         )
 
@@ -161,6 +190,8 @@ class Views:
             fingerprints=tuple(self._fingerprints(report)),
             poll_s=self._poll_s,
             watched=self.is_watched(host),
+            kept_from=self._kept_from,
+            peer=self._peers.get(host, ""),
         )
 
     def _fingerprints(self, report: HostReport) -> list[str]:

@@ -68,6 +68,7 @@ class WorkerLogic:
         self.request_outcomes: dict[str, SaveOutcome] = {}
         self.snapshots: dict[int, Trigger] = {}
         self.finished = False
+        self.closed = False
         self._wish: RestoreWish | None = None
         self._result: RestoreResult | None = None
         self._layout: Layout | None = None
@@ -105,20 +106,21 @@ class WorkerLogic:
         if step > previous and self.step >= 0:
             self._stride = step - previous
         self.step = step
-        self._next_due = next_crossing(step, self.config.save_steps if self._own_cadence else None)
-        if step in self.snapshots or (step == self.restored_step and ask != "explicit"):
-            trigger: Trigger | None = None
-        elif ask is not None:
-            trigger = ask
-        elif self._own_cadence and crosses(previous, step, self.config.save_steps):
-            trigger = "cadence"
-        else:
-            trigger = None
+        saves = self.config.save_steps if self._own_cadence else None
+        self._next_due = min(next_crossing(step, saves), next_crossing(step, self.config.memory_steps))
+        trigger: Trigger | None = None
+        if step not in self.snapshots and (step != self.saved_step or ask == "explicit"):
+            if ask is not None:
+                trigger = ask
+            elif crosses(previous, step, saves):
+                trigger = "cadence"
+            elif crosses(previous, step, self.config.memory_steps):
+                trigger = "memory"
         due = self._arrive_accepted(step, trigger) if self._accepted or trigger is not None else None
         if self._jumped and self._heard and step > previous:
             self._run_length = step - previous
         self._heard = True
-        self._due_step = step if due is not None and due.snapshot is not None else None
+        self._due_step = step if due is not None and due.snapshot not in (None, "memory") else None
         return due
 
     def reached(self, bound: int, stride: int | None = None) -> bool:
@@ -152,6 +154,12 @@ class WorkerLogic:
         return self.restored_step
 
     @property
+    def saved_step(self) -> int | None:
+        """The step that was restored, if a checkpoint of it is in the store: it need not be saved again."""
+        in_store = self.restore is not None and self.restore.snapshot is None
+        return self.restored_step if in_store else None
+
+    @property
     def _own_cadence(self) -> bool:
         """Skipping and coalescing must be decided for all ranks at once, so there the coordinator proposes."""
         return self.config.save_steps is not None and self.config.overlap == "wait"
@@ -167,7 +175,7 @@ class WorkerLogic:
                 self._jumped = True
             elif proposal.step == step:
                 self._met[proposal.id] = None
-                if proposal.error is None and trigger is None and step not in self.snapshots:
+                if proposal.error is None and trigger in (None, "memory") and step not in self.snapshots:
                     trigger = "proposal"
                 if proposal.kind == "stop":
                     stop = proposal
@@ -226,9 +234,10 @@ class WorkerLogic:
         else:
             self._stop_request = StopWish(f"{known.reason}; {reason}", known.preempted or preempted)
 
-    def finish(self) -> None:
-        """No step will follow; open proposals beyond the last step are refused."""
+    def finish(self, *, closed: bool = False) -> None:
+        """No step will follow; open proposals beyond the last step are refused. ``closed``: all is saved."""
         self.finished = True
+        self.closed = self.closed or closed
         for proposal in [p for p in self._accepted.values() if p.step > self.step and p.state == "open"]:
             del self._accepted[proposal.id]
             self._refused.add(proposal.id)
@@ -269,8 +278,7 @@ class WorkerLogic:
             self._result = None
         if view.restore_done and self.restore is not None:
             self.restore_done = True
-            chosen = self.restore.checkpoint
-            self.restored_step = chosen.step if chosen else None
+            self.restored_step = self.restore.step
 
     def _settled(self, outcome: SaveOutcome) -> None:
         self.outcomes[outcome.step] = outcome
@@ -336,4 +344,5 @@ class WorkerLogic:
             skipped=tuple(self._skipped.items()),
             pending=tuple(self.undecided),
             finished=self.finished,
+            closed=self.closed,
         )

@@ -88,7 +88,7 @@ class RangeRead:
     """Bytes start <= i < stop of one large piece of numbers.
 
     ``whole`` collects the checksums if all of the piece is read; else ``chunks`` are those of its chunks, and
-    the range begins and ends where chunks do.
+    the range begins and ends where chunks do. Neither: nothing is known to verify it by.
     """
 
     job: PieceJob
@@ -137,7 +137,8 @@ class RangeRead:
         if self.whole is not None:
             self.whole.add(self.start, self.nbytes, crc32c(view))
             return
-        assert self.chunks is not None
+        if self.chunks is None:
+            return
         for at in range(0, self.nbytes, CHUNK_NBYTES):
             chunk = (self.start + at) // CHUNK_NBYTES
             found, expected = crc32c(view[at : at + CHUNK_NBYTES]), chunk_crc(self.chunks, chunk)
@@ -218,8 +219,9 @@ def _packs(jobs: list[PieceJob], read_nbytes: int) -> Iterator[PackRead]:
 def _ranges(stored: StoredCheckpoint, job: PieceJob, read_nbytes: int) -> list[RangeRead]:
     piece = job.piece
     chunks = stored.chunk_crcs.get((piece.shard_id, piece.offset))
-    extents = [(0, piece.nbytes)] if chunks is None or not job.targets else _wanted_chunks(job)
-    if extents == [(0, piece.nbytes)]:
+    known = piece.crc is not None
+    extents = [(0, piece.nbytes)] if (known and chunks is None) or not job.targets else _wanted_chunks(job)
+    if known and extents == [(0, piece.nbytes)]:
         whole, chunks = Whole(job), None
     else:
         whole = None

@@ -12,7 +12,7 @@ from ray_ckpt.bundle import STRING, Index, StoredTensor, content_crc, decode_str
 from ray_ckpt.errors import DamagedError, UsageError
 from ray_ckpt.metadata import Metadata, decode
 from ray_ckpt.restore.collector import collector_paused
-from ray_ckpt.storage import Store
+from ray_ckpt.storage import Reader, Store
 from ray_ckpt.types import CHUNK_NBYTES, METADATA_KEY, Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ class StoredCheckpoint:
     lacks can only be verified as a whole.
     """
 
-    store: Store
+    store: Reader
     prefix: str
     index: Index
     metadata: Metadata | None

@@ -75,17 +75,21 @@ def scan(folder: str | Path) -> list[SegmentInfo]:
     return found
 
 
-def drop_empty(folder: str | Path, older_than: float) -> list[Path]:
-    """Remove the empty segments of all runs in a folder that nobody has open; their paths.
+def drop_unused(folder: str | Path, empty_since: float, kept_since: float) -> list[Path]:
+    """Remove the segments of all runs in a folder that nobody has open nor will want; their paths.
 
-    They hold nothing to recover: their processes were killed before they could give them back, some of them while they
-    filled one. One modified since ``older_than`` (seconds since the epoch) stays, as somebody may be about to open
-    it. Never raises: the folder may hold anything else too.
+    Empty ones not modified since ``empty_since`` (seconds since the epoch; one that is younger may be about to be
+    opened): their processes were killed before they could give them back, some of them while they filled one. And any
+    not modified since ``kept_since``: whatever it holds, nobody has come to recover it. Never raises: the folder may
+    hold anything else too.
     """
     gone = []
     for path in sorted(Path(folder).glob(f"*/{_SEGMENT_NAME}")):
         with contextlib.suppress(StorageError, OSError):
-            if path.stat().st_mtime < older_than and not in_use(path) and _is_empty(path) and reclaim(path):
+            modified = path.stat().st_mtime
+            if modified >= empty_since or in_use(path):
+                continue
+            if (modified < kept_since or _is_empty(path)) and reclaim(path):
                 gone.append(path)
     return gone
 

@@ -9,13 +9,16 @@ Layout, native byte order (the file never leaves its host):
     88      the process that fills or filled it: its number, the time it started at; 64-bit words
     104     JSON of the save id
     4096    try counters of 1024 writers: (order of the attempt, tries so far), 64-bit words
-    20480   data, exactly the bytes of the data shards, one after another
+    20480   of each of 1024 writers one byte: whether the checksums of its entries are there
+    24576   data, exactly the bytes of the data shards, one after another
     then, from the next page on: the table of entries (`table`)
+    then, from the next 64-bit word on: uint32 crc32c of each entry, and of each chunk of each entry of more than one
+            (`types.CHUNK_NBYTES`), in the table's order, as far as they have been computed
 
 The state is one aligned word and is stored last, so a crash at any point leaves no segment that looks sealed
 and is not. A segment sealed before the machine was booted counts as empty: its pages need not all have
-reached the disk it lies on. One process fills at a time: the state leaves EMPTY and FILLING under a record lock
-only, and a segment whose filler has died can be emptied by whoever notices.
+reached the disk it lies on. One process fills at a time: the state changes under a record lock only, but for the word
+of the process that fills, and a segment whose filler has died can be emptied by whoever notices.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path
 from types import TracebackType
@@ -39,13 +42,23 @@ import numpy as np
 
 from ray_ckpt.errors import DamagedError, SaveError, StorageError, UsageError
 from ray_ckpt.snapshot.process import ProcessId
-from ray_ckpt.snapshot.table import SaveId, Table, decode_digests, decode_save, decode_table, encode_save
+from ray_ckpt.snapshot.table import (
+    SaveId,
+    Sums,
+    Table,
+    chunks_in,
+    decode_digests,
+    decode_save,
+    decode_table,
+    encode_save,
+)
 
 MAX_WRITERS = 1024
-_MAGIC = b"RAYCKPT3"
+_MAGIC = b"RAYCKPT4"
 _PAGE = 4096
 _TRIES_AT = 4096
-HEADER_NBYTES = _TRIES_AT + 16 * MAX_WRITERS
+_SUMMED_AT = _TRIES_AT + 16 * MAX_WRITERS
+HEADER_NBYTES = _SUMMED_AT + _PAGE
 _BOOT = slice(56, 72)
 _DIGEST = slice(72, 88)
 _SAVE_AT = 104
@@ -56,11 +69,19 @@ _POPULATE_NBYTES = 8 << 20
 
 
 class SegmentState(IntEnum):
-    """What a segment's data is good for."""
+    """What a segment's data is good for.
+
+    SEALED: it is whole, and must stay. KEPT: it is whole, and stays until somebody fills the segment again.
+    """
 
     EMPTY = 0
     FILLING = 1
     SEALED = 2
+    KEPT = 3
+
+
+WHOLE = (SegmentState.SEALED, SegmentState.KEPT)
+"""The states in which all data and the table are there."""
 
 
 class _Word(IntEnum):
@@ -93,7 +114,7 @@ class Segment:
         self._map = mmap.mmap(fd, HEADER_NBYTES + self.data_nbytes, mmap.MAP_SHARED, protection)
         view = memoryview(self._map)
         self._words = view[:HEADER_NBYTES].cast("Q")
-        self._tries = view[_TRIES_AT:HEADER_NBYTES].cast("Q")
+        self._tries = view[_TRIES_AT:_SUMMED_AT].cast("Q")
         self.data = view[HEADER_NBYTES:]
 
     @classmethod
@@ -179,7 +200,7 @@ class Segment:
     def state(self) -> SegmentState:
         """The state as any process sees it now."""
         state = SegmentState(self._words[_Word.STATE])
-        stale = state is SegmentState.SEALED and self._map[_BOOT] != _boot_id()
+        stale = state in WHOLE and self._map[_BOOT] != _boot_id()
         return SegmentState.EMPTY if stale else state
 
     @property
@@ -218,12 +239,14 @@ class Segment:
 
         Raises:
             SaveError: it holds a sealed snapshot, which must be released first, or a living process is filling it.
+                One that is only kept is lost.
         """
         text = encode_save(save)
         if len(text) > _TRIES_AT - _SAVE_AT:
             raise UsageError(f"{self.path}: the save id has {len(text)} bytes; use a shorter run name")
         self._claim()
         self._tries[:] = memoryview(bytes(16 * MAX_WRITERS)).cast("Q")
+        self._map[_SUMMED_AT:HEADER_NBYTES] = bytes(_PAGE)
         self._words[_Word.SAVE_NBYTES] = len(text)
         self._map[_SAVE_AT : _SAVE_AT + len(text)] = text
         try:
@@ -276,8 +299,8 @@ class Segment:
                 self._words[_Word.STATE] = SegmentState.EMPTY
         return abandoned
 
-    def seal(self, table: bytes) -> None:
-        """Write the table and declare the data whole.
+    def seal(self, table: bytes, *, keep: bool = False) -> None:
+        """Write the table and declare the data whole; ``keep``: KEPT at once, as no save needs it.
 
         Raises:
             SaveError: the segment is not being filled by this object any more.
@@ -294,7 +317,7 @@ class Segment:
             self._words[_Word.TABLE_NBYTES] = len(table)
             self._map[_DIGEST] = _digest(table)
             self._words[_Word.SEALED_AT_US] = time.time_ns() // 1000
-            self._words[_Word.STATE] = SegmentState.SEALED
+            self._words[_Word.STATE] = SegmentState.KEPT if keep else SegmentState.SEALED
 
     def _check_mine(self) -> None:
         if not self._is_mine:
@@ -304,29 +327,70 @@ class Segment:
             )
 
     def table(self) -> Table:
-        """The sealed contents.
+        """The sealed contents. Raises as `read_table` does."""
+        return decode_table(self.read_table())
+
+    def digests(self) -> Mapping[str, int]:
+        """The sealed table's ``digests`` alone. Raises as `read_table` does."""
+        return decode_digests(self.read_table())
+
+    def read_table(self) -> bytes:
+        """The encoded table (`table.encode_table`).
 
         Raises:
             SaveError: the segment is not sealed.
             DamagedError: the table fails its digest.
         """
-        return decode_table(self._read_table())
-
-    def digests(self) -> Mapping[str, int]:
-        """The sealed table's ``digests`` alone. Raises as `table` does."""
-        return decode_digests(self._read_table())
-
-    def _read_table(self) -> bytes:
-        if self.state is not SegmentState.SEALED:
+        if self.state not in WHOLE:
             raise SaveError(f"{self.path}: the segment is {self.state.name.lower()}, expected it sealed")
         data = os.pread(self._fd, self._words[_Word.TABLE_NBYTES], self._table_at)
         if _digest(data) != self._map[_DIGEST]:
             raise DamagedError(f"{self.path}: the table of entries fails its digest; the snapshot is lost")
         return data
 
-    def release(self) -> None:
-        """The snapshot is not needed any more."""
-        self._words[_Word.STATE] = SegmentState.EMPTY
+    def release(self, fills: int | None = None) -> None:
+        """The snapshot is not needed any more: of this fill, if it is named, and not if it was filled again since."""
+        self._leave(fills, WHOLE, SegmentState.EMPTY)
+
+    def keep(self, fills: int | None = None) -> None:
+        """No save needs the snapshot any more, but a restart may: of this fill, as `release`."""
+        self._leave(fills, (SegmentState.SEALED,), SegmentState.KEPT)
+
+    def _leave(self, fills: int | None, states: Collection[SegmentState], state: SegmentState) -> None:
+        with _range_lock(self._fd, _STATE_AT):
+            if self._words[_Word.STATE] in states and fills in (None, self.fills):
+                self._words[_Word.STATE] = state
+
+    # -- checksums ----------------------------------------------------------------------------------------
+
+    def put_sums(self, table: Table, writer: int, crcs: Sequence[int], chunks: Sequence[int]) -> None:
+        """Leave the checksums of one writer's entries, and of their chunks, for those who read the segment later.
+
+        Raises:
+            StorageError: no space, or the segment is not there any more; nothing is lost but the checksums.
+        """
+        first, _ = table.writers[writer]
+        chunks_at = len(table.entries) + sum(chunks_in(e.nbytes) for e in table.entries[:first])
+        try:
+            fd = os.open(self.path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError as err:
+            raise StorageError(f"{self.path}: cannot open the segment: {err.strerror}") from err
+        try:
+            for at, sums in ((first, crcs), (chunks_at, chunks)):
+                os.pwrite(fd, np.array(sums, np.uint32).tobytes(), self._sums_at + 4 * at)
+            os.pwrite(fd, b"\1", _SUMMED_AT + writer)
+        except OSError as err:
+            _raise_full(self.path, 4 * len(crcs), err)
+        finally:
+            os.close(fd)
+
+    def sums(self, table: Table) -> Sums:
+        """The checksums that are there."""
+        chunks = [chunks_in(e.nbytes) for e in table.entries]
+        count = len(table.entries) + sum(chunks)
+        data = os.pread(self._fd, 4 * count, self._sums_at).ljust(4 * count, b"\0")
+        flags = self._map[_SUMMED_AT : _SUMMED_AT + len(table.writers)]
+        return Sums(data, tuple(map(bool, flags)))
 
     def next_try(self, writer: int, order: int = 0) -> int:
         """The number of this writer's next try, from 0, never given twice; kept in the file.
@@ -354,6 +418,10 @@ class Segment:
     @property
     def _table_at(self) -> int:
         return -(-(HEADER_NBYTES + self.data_nbytes) // _PAGE) * _PAGE
+
+    @property
+    def _sums_at(self) -> int:
+        return -(-(self._table_at + self._words[_Word.TABLE_NBYTES]) // 8) * 8
 
 
 @contextlib.contextmanager

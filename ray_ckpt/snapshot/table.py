@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from ray_ckpt.types import Box, Layout, RankPlan, Shape
+from ray_ckpt.types import CHUNK_NBYTES, Box, Layout, RankPlan, Shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,8 @@ class SaveId:
     """Whose bytes a segment holds, so that it explains itself when the process that filled it is gone.
 
     ``trigger`` says why the save was made. ``writers`` of the job's ``num_writers``, from ``writer_base`` on,
-    write it; ``fingerprint`` names the layout; ``due`` is the wall-clock time at which the save fell due.
+    write it; ``fingerprint`` names the layout; ``due`` is the wall-clock time at which the save fell due. ``replica``:
+    another host's snapshot was copied here.
     """
 
     run: str
@@ -33,6 +34,7 @@ class SaveId:
     writer_base: int = 0
     num_writers: int = 0
     due: float = 0.0
+    replica: bool = False
 
 
 class Entry(NamedTuple):
@@ -73,6 +75,21 @@ class Table:
     writers: tuple[tuple[int, int], ...]
     writer_base: int
     digests: Mapping[str, int]
+
+
+class Sums(NamedTuple):
+    """Checksums of a segment: uint32 crc32c of each entry, then of each chunk of those of more than one.
+
+    ``known`` says for which of the writers they have been computed; of the others ``data`` holds anything.
+    """
+
+    data: bytes
+    known: tuple[bool, ...]
+
+
+def chunks_in(nbytes: int) -> int:
+    """How many checksums of chunks an entry of so many bytes has."""
+    return -(-nbytes // CHUNK_NBYTES) if nbytes > CHUNK_NBYTES else 0
 
 
 def encode_save(save: SaveId) -> bytes:

@@ -57,6 +57,7 @@ def take_snapshot(
     save: SaveId,
     *,
     full_digests: bool = False,
+    keep: bool = False,
     threads: int = 2,
 ) -> dict[str, int]:
     """Copy this rank's share of the state into the segment and seal it; the state may change afterwards.
@@ -64,6 +65,7 @@ def take_snapshot(
     ``values`` are the leaves in the layout's order. Returns the digests of the plan's ``checks`` by name
     (uint32): of all of them, whole, with ``full_digests`` (a generation's first save), else of a sample that
     depends on names and step alone, so that all ranks digest the same parts, under names that end in `IN_PART`.
+    ``keep``: no save needs it, only a restart may, see `Segment.seal`.
 
     Raises:
         SaveError: plan, layout and save id do not belong together, or the segment is still sealed.
@@ -82,7 +84,7 @@ def take_snapshot(
         checked = plan.checks if full_digests else _sampled(plan.checks, layout, save.step)
         step, kind = (None, "") if full_digests else (save.step, IN_PART)
         digests = {layout.leaves[i].name + kind: _digest(values[i], layout.leaves[i], step) for i in checked}
-        segment.seal(encode_table(save, plan, layout, places, digests))
+        segment.seal(encode_table(save, plan, layout, places, digests), keep=keep)
     return digests
 
 

@@ -58,7 +58,34 @@ class ObjectWriter(ABC):
             self.abort()
 
 
-class Store(ABC):
+class Reader(ABC):
+    """Objects that can be read, by paths; ``url`` names the place in messages."""
+
+    url: str
+
+    @abstractmethod
+    def read(self, path: str) -> bytes:
+        """The whole object. Raises `ObjectMissingError`."""
+
+    @abstractmethod
+    def read_into(self, path: str, start: int, buffer: memoryview) -> None:
+        """Fill the buffer with the bytes from ``start`` on.
+
+        Raises `ObjectMissingError`, and `DamagedError` where the object ends before.
+        """
+
+    def read_range(self, path: str, start: int, nbytes: int) -> bytes:
+        """Exactly ``nbytes`` bytes from ``start`` on. Raises as `read_into` does."""
+        buffer = bytearray(nbytes)
+        self.read_into(path, start, memoryview(buffer))
+        return bytes(buffer)
+
+    @abstractmethod
+    def size(self, path: str) -> int:
+        """Bytes in the object. Raises `ObjectMissingError`."""
+
+
+class Store(Reader):
     """One directory on a file system or an object store.
 
     ``url`` is canonical: no trailing slash, no credentials, equal for equal places. ``exclusive`` says
@@ -72,7 +99,6 @@ class Store(ABC):
     `UsageError` for a path that is not a plain relative one.
     """
 
-    url: str
     exclusive: bool
     timeout_s: float
 
@@ -92,10 +118,6 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def read(self, path: str) -> bytes:
-        """The whole object. Raises `ObjectMissingError`."""
-
-    @abstractmethod
     def read_versioned(self, path: str) -> tuple[bytes, str] | None:
         """The whole object with the version that `replace_if` takes; None if it is not there."""
 
@@ -106,23 +128,6 @@ class Store(ABC):
         True too where the object already holds exactly ``data``: after a lost reply it is read back. A
         version may name the content, so an object that went back to the same bytes counts as unchanged.
         """
-
-    @abstractmethod
-    def read_into(self, path: str, start: int, buffer: memoryview) -> None:
-        """Fill the buffer with the bytes from ``start`` on.
-
-        Raises `ObjectMissingError`, and `DamagedError` where the object ends before.
-        """
-
-    def read_range(self, path: str, start: int, nbytes: int) -> bytes:
-        """Exactly ``nbytes`` bytes from ``start`` on. Raises as `read_into` does."""
-        buffer = bytearray(nbytes)
-        self.read_into(path, start, memoryview(buffer))
-        return bytes(buffer)
-
-    @abstractmethod
-    def size(self, path: str) -> int:
-        """Bytes in the object. Raises `ObjectMissingError`."""
 
     @abstractmethod
     def list(self, prefix: str) -> Listing:

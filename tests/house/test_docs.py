@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ray_ckpt.protocol.saves import TRANSITIONS
+from ray_ckpt.protocol.save_state import TRANSITIONS
 
 ROOT = Path(__file__).parents[2]
 

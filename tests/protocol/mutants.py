@@ -16,7 +16,8 @@ from ray_ckpt.protocol.host import HostLogic
 from ray_ckpt.protocol.keeper import Keeper
 from ray_ckpt.protocol.ledger import Ledger
 from ray_ckpt.protocol.messages import SegmentInfo
-from ray_ckpt.protocol.saves import Saves, SaveState
+from ray_ckpt.protocol.save_state import SaveState
+from ray_ckpt.protocol.saves import Saves
 from ray_ckpt.protocol.views import Views
 from ray_ckpt.protocol.worker import WorkerLogic
 from ray_ckpt.testing.simulator.disk import Disk, Op

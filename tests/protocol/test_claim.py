@@ -10,7 +10,8 @@ from ray_ckpt.protocol.flows import DeleteIndex, Flows, HasIndex, Io, PutClaim, 
 from ray_ckpt.protocol.ledger import Ledger
 from ray_ckpt.protocol.messages import JobConfig
 from ray_ckpt.protocol.roster import Roster
-from ray_ckpt.protocol.saves import Saves, SaveState
+from ray_ckpt.protocol.save_state import SaveState
+from ray_ckpt.protocol.saves import Saves
 from ray_ckpt.types import Claim, LogRecord
 from tests.protocol.harness import Job, World, beat
 

@@ -33,7 +33,7 @@ class ScriptedLink:
         self.rank = 0
         self.condition = threading.Condition()
         self.events: list[Any] = []
-        self.courier = SimpleNamespace(nudge=lambda: None)
+        self.courier = SimpleNamespace(nudge=lambda: None, call=lambda method, timeout_s: False)
         self.logic = SimpleNamespace(wish=self._wish, restore=None, restore_done=False, restore_read=self._told)
         self._choices = [RestoreDecision(1, i + 1, choice) for i, choice in enumerate(choices)]
 
@@ -47,6 +47,10 @@ class ScriptedLink:
 
     def wait(self, done: Callable[[], bool], timeout_s: float, what: str) -> None:
         if not done():
+            # The last rank takes its time.
+            for thread in threading.enumerate():
+                if thread.name == "ray-ckpt-ahead":
+                    thread.join()
             self.logic.restore = self._choices.pop(0)
             self.events.append("choice")
         assert done()

@@ -9,7 +9,7 @@ import pytest
 
 from ray_ckpt.coordinator.executor import encode_timeline, timeline_path
 from ray_ckpt.protocol.messages import SegmentInfo
-from ray_ckpt.protocol.saves import SaveState
+from ray_ckpt.protocol.save_state import SaveState
 from ray_ckpt.storage import Store, open_store
 from ray_ckpt.timeline import ShardSpan, SnapshotSpan, Timeline, timelines
 from ray_ckpt.types import ShardReport

@@ -13,7 +13,7 @@ from typing import Any
 
 from ray_ckpt.catalog import open_for_reading
 from ray_ckpt.checkpointer import Checkpointer, restoring
-from ray_ckpt.checkpointer.restoring import Read
+from ray_ckpt.checkpointer.ahead import Read
 from ray_ckpt.errors import SaveError, UsageError
 from ray_ckpt.protocol.messages import RestoreWish
 

@@ -16,6 +16,7 @@ from ray_ckpt.frontends.tensorflow.saver_graph import GraphTensor, RestoreTensor
 from ray_ckpt.frontends.tensorflow.variants import is_variant, run_with_variants
 from ray_ckpt.log import live_checkpoints
 from ray_ckpt.restore import StoredCheckpoint, check_extents, read_boxes
+from ray_ckpt.storage import Store
 from ray_ckpt.target.differences import SHOWN, near_miss
 from ray_ckpt.types import Box
 
@@ -222,6 +223,7 @@ def _step(stored: StoredCheckpoint) -> int:
     """
     if stored.metadata is not None:
         return stored.metadata.step
+    assert isinstance(stored.store, Store), "what plain TensorFlow wrote lies in a store"
     for checkpoint in live_checkpoints(stored.store):
         if checkpoint.prefix == stored.prefix:
             return checkpoint.step

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ray_ckpt.bundle import shard_name
-from ray_ckpt.protocol.host import Free, HostLogic, StartWrite
+from ray_ckpt.protocol.host import Free, HostLogic, Keep, Mirror, StartWrite
 from ray_ckpt.protocol.messages import HostView, WorkerReport
 from ray_ckpt.testing.simulator.actions import encode_shard, shard_run
 from ray_ckpt.testing.simulator.memory import Slot
@@ -94,15 +94,19 @@ class Agent(Process):
         """Look around, do what is to be done, report."""
         self.world.point(self)
         self._notice_dead()
-        sealed = [slot for slot in self.host.slots.values() if slot.state == "sealed"]
+        sealed = [slot for slot in self.host.slots.values() if slot.whole]
         self.logic.on_segments(
-            [slot.info for slot in sealed if slot.info],
+            [replace(slot.info, fills=slot.fills, kept=slot.state == "kept") for slot in sealed if slot.info],
             {slot.layout.fingerprint: slot.layout for slot in sealed if slot.layout},
         )
         for action in self.logic.take():
             self.world.point(self)
             if isinstance(action, Free):
                 self._free(action)
+            elif isinstance(action, Keep):
+                self._keep(action)
+            elif isinstance(action, Mirror):
+                self.logic.on_mirrored(action.segment)
             else:
                 self._write(action)
         self._report()
@@ -151,14 +155,20 @@ class Agent(Process):
 
     def _free(self, action: Free) -> None:
         slot = self.host.slots.get(action.segment.name)
-        if slot is not None:
+        if slot is not None and slot.whole and slot.fills == action.segment.fills:
             self.world.oracles.memory.released(slot, action.segment, self)
             slot.release()
         self.logic.on_freed(action.segment.name)
 
+    def _keep(self, action: Keep) -> None:
+        slot = self.host.slots.get(action.segment.name)
+        if slot is not None and slot.state == "sealed" and slot.fills == action.segment.fills:
+            self.world.oracles.memory.released(slot, action.segment, self)
+            slot.state = "kept"
+
     def _write(self, start: StartWrite) -> None:
         slot = self.host.slots.get(start.segment.name)
-        if slot is None or slot.state != "sealed" or slot.info != start.segment:
+        if slot is None or not slot.whole or slot.fills != start.segment.fills:
             self.logic.on_write_failed(start, "the snapshot is gone", final=True)
             return
         number = slot.next_try(start.local, start.order.epoch)
@@ -208,12 +218,12 @@ class Writer(Process):
             return
         order = self._start.order
         data = encode_shard(self._slot.contents[self._start.local])
-        shard_id = self._number * order.num_writers + self._start.writer
+        shard_id = self._start.shard_id(self._number)
         path = shard_name(order.prefix, shard_id, order.num_shards)
         self.use_store(lambda store: store.put(path, data), lambda result: self._put(result, path, shard_id, data))
 
     def _holds(self) -> bool:
-        return self._slot.state == "sealed" and self._slot.fills == self._fills
+        return self._slot.whole and self._slot.fills == self._fills
 
     def _put(self, result: Any, path: str, shard_id: int, data: bytes) -> None:
         if isinstance(result, Exception):

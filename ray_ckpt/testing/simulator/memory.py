@@ -16,7 +16,7 @@ class Slot:
 
     name: str
     rank: int
-    state: Literal["empty", "filling", "sealed"] = "empty"
+    state: Literal["empty", "filling", "sealed", "kept"] = "empty"
     fills: int = 0
     owner: Process | None = None
     info: SegmentInfo | None = None
@@ -26,9 +26,16 @@ class Slot:
     users: set[Process] = field(default_factory=set)
 
     @property
+    def whole(self) -> bool:
+        """Whether all of a snapshot is there."""
+        return self.state in ("sealed", "kept")
+
+    @property
     def free(self) -> bool:
-        """Whether it can be filled: empty, or left half filled by a process that is dead."""
-        return self.state == "empty" or (self.state == "filling" and self.owner is not None and not self.owner.alive)
+        """Whether it can be filled: empty, kept for a restart alone, or left half filled by a process that is dead."""
+        return self.state in ("empty", "kept") or (
+            self.state == "filling" and self.owner is not None and not self.owner.alive
+        )
 
     def begin(self, owner: Process) -> None:
         """Start to fill it."""

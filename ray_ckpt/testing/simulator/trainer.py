@@ -222,7 +222,9 @@ class Trainer(Process):
 
     def _free_slot(self) -> Slot | None:
         slots = self.host.slots_of(self.rank, self.scenario.slots)
-        return next((slot for slot in slots if slot.free), None)
+        return min(
+            (slot for slot in slots if slot.free), key=lambda slot: (slot.state == "kept", slot.fills), default=None
+        )
 
     def _fill(self, slot: Slot, mine: Layout, step: int, trigger: Trigger) -> Thread:
         slot.begin(self)

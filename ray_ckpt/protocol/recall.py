@@ -1,0 +1,107 @@
+"""What a restart can find in host memory: which snapshots are whole, where they lie, and how long they are kept.
+
+See docs/design/0004-memory-tiers.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from ray_ckpt.protocol.ledger import Ledger
+from ray_ckpt.protocol.messages import SegmentInfo
+from ray_ckpt.protocol.planner import replica_mismatch
+from ray_ckpt.protocol.roster import Roster, Save
+from ray_ckpt.types import Checkpoint
+
+
+@dataclass(slots=True)
+class Snapshot:
+    """One save's snapshots, wherever they lie: by rank, the hosts and what each holds."""
+
+    parts: dict[int, dict[str, SegmentInfo]] = field(default_factory=dict)
+
+    @property
+    def whole(self) -> bool:
+        """Every rank's part is there, all were divided by one plan, and no replica is known to differ."""
+        some = [next(iter(held.values())) for held in self.parts.values()]
+        if len({(s.plan_id, s.world_size) for s in some}) != 1 or len(some) != some[0].world_size:
+            return False
+        return replica_mismatch({s.rank: s for s in some}) is None
+
+    @property
+    def doubled(self) -> bool:
+        """Every rank's part lies on two hosts at least."""
+        return all(len(held) > 1 for held in self.parts.values())
+
+    @property
+    def holders(self) -> tuple[str, ...]:
+        """By rank, the host to ask: the rank's own while it is there."""
+        return tuple(min(held, key=lambda host: (held[host].replica, host)) for _, held in sorted(self.parts.items()))
+
+
+class Recall:
+    """The snapshots on hosts that live. Saves are (generation, step); later ones compare greater."""
+
+    def __init__(self, ledger: Ledger, roster: Roster) -> None:
+        self._ledger = ledger
+        self._roster = roster
+        self._seen = -1
+        self._snapshots: dict[Save, Snapshot] = {}
+
+    @property
+    def whole(self) -> dict[Save, Snapshot]:
+        """All that are whole. Of a plan that fits no more, or of a start long over, as well."""
+        if self._seen != self._roster.changed:
+            self._seen = self._roster.changed
+            found: dict[Save, Snapshot] = {}
+            for rank, save, held in self._roster.snapshots():
+                there = {host: info for host, info in held.items() if not self._roster.lost(host)}
+                if there:
+                    found.setdefault(save, Snapshot()).parts[rank] = there
+            self._snapshots = {save: s for save, s in found.items() if s.whole}
+        return self._snapshots
+
+    def holders(self, save: Save | None) -> tuple[str, ...]:
+        """Where the parts of a snapshot lie, by rank; empty unless it is whole."""
+        found = self.whole.get(save) if save is not None else None
+        return found.holders if found is not None else ()
+
+    def newer_than(self, checkpoint: Checkpoint | None, bad: Collection[Save]) -> Save | None:
+        """The newest snapshot that a start may take instead of ``checkpoint``, the newest in the store; None for none.
+
+        Of the last generation, whatever it is: its steps follow on all that it restored. Of an older one only what
+        the last one started from itself.
+        """
+        last = self._ledger.head.generation
+        if last is None:
+            return None
+        eligible = [s for s in self.whole if s not in bad and (s[0] == last.number or s == last.snapshot)]
+        newest = max(eligible, default=None)
+        if newest is None or (checkpoint is not None and (checkpoint.generation, checkpoint.step) >= newest):
+            return None
+        return newest
+
+    @property
+    def newest(self) -> Save | None:
+        """The newest whole snapshot."""
+        return max(self.whole, default=None)
+
+    @property
+    def newest_doubled(self) -> Save | None:
+        """The newest whole snapshot that any one host may be lost of."""
+        return max((save for save, s in self.whole.items() if s.doubled), default=None)
+
+
+def peers(domains: dict[str, str]) -> dict[str, str]:
+    """For each host, by its failure domain, the one that copies its snapshots: each copies one other's.
+
+    Where no domain has more than half of the hosts, it is one of another domain. A host alone has none.
+    """
+    order = sorted(domains, key=lambda host: (domains[host], host))
+    if len(order) < 2:
+        return {}
+    named = list(domains.values())
+    largest = max(named.count(name) for name in set(named))
+    shift = largest if largest < len(order) else 1
+    return {host: order[(i + shift) % len(order)] for i, host in enumerate(order)}
