@@ -89,7 +89,8 @@ def drop_unused(folder: str | Path, empty_since: float, kept_since: float) -> li
             modified = path.stat().st_mtime
             if modified >= empty_since or in_use(path):
                 continue
-            if (modified < kept_since or _is_empty(path)) and reclaim(path):
+            # The first also tells whether it is a segment at all.
+            if (_is_empty(path) or modified < kept_since) and reclaim(path):
                 gone.append(path)
     return gone
 

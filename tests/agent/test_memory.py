@@ -50,7 +50,7 @@ def test_memory_of_ranks_that_moved_away_is_given_up(tmp_path: Path) -> None:
     paths = {rank: memory.prepare(rank, 1000, 1, {0, 1, 2, 3})[0] for rank in range(4)}
     with Segment.open(paths[3], writable=True) as mapped:
         (path,) = memory.prepare(0, 1000, 1, {2})
-        assert sorted(p.name for p in tmp_path.iterdir()) == [f"0000{rank}-0.segment" for rank in (0, 2, 3)]
+        assert sorted(p.name for p in tmp_path.glob("*.segment")) == [f"0000{rank}-0.segment" for rank in (0, 2, 3)]
         with mapped.fill(SAVE):
             mapped.seal(json.dumps({**EMPTY_TABLE, "save": asdict(SAVE)}).encode())
     assert path == paths[0]
@@ -67,7 +67,7 @@ def test_a_rank_that_left_gives_back_what_is_empty_and_unused(tmp_path: Path) ->
     with Segment.open(second, writable=True) as segment, segment.fill(SAVE):
         segment.seal(json.dumps({**EMPTY_TABLE, "save": asdict(SAVE)}).encode())
     with Segment.open(mapped):
-        memory.give_back(0)
+        memory.give_back(0, closed=False)
         assert [first.exists(), second.exists(), mapped.exists(), other.exists()] == [False, True, True, True]
     assert [info.name for info in memory.sealed()] == [second.name]
     assert str(mapped) in memory.prepare(0, 1000, 3, {1})
@@ -145,7 +145,7 @@ def test_each_snapshot_tells_its_own_digests(tmp_path: Path, made_anew: bool) ->
             segment.seal(json.dumps(table).encode() + b"\n")
         (info,) = memory.sealed()
         assert info.digests == (("w", digest),)
-        memory.free(info.name)
+        memory.free(info, {info.rank})
         if made_anew:
-            memory.give_back(0)
+            memory.give_back(0, closed=False)
             assert not Path(path).exists()

@@ -1,0 +1,157 @@
+"""Snapshots outlive the processes that took them: what a restart finds in host memory, and when it is given back."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import ray
+
+import ray_ckpt
+from ray_ckpt import PerWorker
+from ray_ckpt.snapshot import SegmentState
+from tests.system import states
+from tests.system.job import Job, get
+from tests.system.processes import segment_folder, segment_states
+from tests.system.waiting import eventually
+from tests.system.worker import Worker
+
+pytestmark = pytest.mark.xdist_group("ray")
+
+
+def start(job: Job, world: int) -> Job:
+    job.start(world)
+    assert job.all("restore") == [None] * world
+    return job
+
+
+def until_planned(worker: Worker) -> None:
+    """Wait for plan and memory, which the first save would wait for and a snapshot for memory alone does not."""
+    ckpt = worker.ckpt
+    eventually(lambda: ckpt._link.logic.plan_ready is not None, "a plan")
+    eventually(lambda: ckpt._saver.slots.nbytes > 0, "memory")
+
+
+def until_in_memory(job: Job, step: int) -> None:
+    eventually(lambda: get(job.coordinator().status.remote()).memory_step == step, f"step {step} whole in memory")
+
+
+def kill_all(job: Job) -> None:
+    """SIGKILL every training process, and wait until they are gone."""
+    for rank in range(len(job.workers)):
+        job.kill(rank)
+    for worker in job.workers:
+        with pytest.raises(ray.exceptions.RayActorError):
+            get(worker.get.remote("done"))
+    job.end()
+
+
+def said(job: Job, text: str) -> list[str]:
+    return [m for messages in job.all("get", "messages") for m in messages if text in m]
+
+
+def expect(job: Job, step: int) -> None:
+    """Every rank holds the bits of this step."""
+    world = len(job.workers)
+    assert job.all("get", "state") == [states.plain(states.small(rank, world, step)) for rank in range(world)]
+
+
+def test_a_restart_reads_what_was_committed_from_memory(make_job: Callable[..., Job]) -> None:
+    job = start(make_job(save_steps=4), 2)
+    job.all("train", 1, 9)
+    job.until_committed(8)
+    kill_all(job)
+    for path in job.path.glob("model.ckpt-8.*"):
+        # Whoever reads a byte of it there finds that out.
+        path.write_bytes(b"")
+    again = make_job(save_steps=4).start(2)
+    assert again.all("restore") == [8, 8]
+    expect(again, 8)
+    assert len(said(again, "step 8 read from the memory of 2 hosts")) == 2
+
+
+def test_a_newer_step_than_the_store_has(make_job: Callable[..., Job]) -> None:
+    job = start(make_job(save_steps=10_000, memory_steps=3), 2)
+    job.all("do", until_planned)
+    job.all("train", 1, 7)
+    until_in_memory(job, 6)
+    kill_all(job)
+    again = make_job(save_steps=10_000, memory_steps=3).start(2)
+    assert again.all("restore") == [6, 6]
+    expect(again, 6)
+    assert ray_ckpt.checkpoints(again.url) == []
+    again.all("train", 7, 10)
+    again.all("call", "close")
+    assert again.steps() == [10]
+
+
+def test_a_loop_with_no_step_left_still_saves_what_only_memory_held(make_job: Callable[..., Job]) -> None:
+    job = start(make_job(memory_steps=3), 2)
+    job.all("do", until_planned)
+    job.all("train", 1, 6)
+    until_in_memory(job, 6)
+    kill_all(job)
+    again = make_job(memory_steps=3).start(2)
+    assert again.all("restore") == [6, 6]
+    again.all("call", "close")
+    assert again.steps() == [6]
+
+
+def test_other_numbers_of_hosts_restore_from_memory(make_job: Callable[..., Job]) -> None:
+    job = make_job(save_steps=4).start(3)
+    job.all("restore", states.mixed)
+    job.all("train", 1, 4, states.mixed)
+    job.until_committed(4)
+    kill_all(job)
+    for path in job.path.glob("model.ckpt-4.data*"):
+        path.write_bytes(b"")
+    for world in (2, 4):
+        again = make_job(save_steps=4).start(world)
+        assert again.all("restore", states.mixed) == [4] * world
+        for rank, found in enumerate(again.all("get", "state")):
+            # Of the generators' states, one for each worker, all get the first here.
+            expected = {**states.mixed(rank, world, 4), "rng": PerWorker(np.array([0, 4], np.uint32))}
+            assert found == states.plain(expected)
+        kill_all(again)
+
+
+def test_a_clean_end_gives_the_memory_back(make_job: Callable[..., Job]) -> None:
+    job = start(make_job(save_steps=4), 1)
+    job.all("train", 1, 9)
+    eventually(lambda: SegmentState.KEPT in segment_states(job, 0), "a snapshot kept")
+    job.all("call", "close")
+    eventually(lambda: not list(segment_folder(job, 0).glob("*.segment")), "an empty folder")
+
+
+def test_what_cannot_be_read_in_memory_is_read_in_the_store(make_job: Callable[..., Job]) -> None:
+    job = start(make_job(save_steps=4), 2)
+    job.all("train", 1, 5)
+    job.until_committed(4)
+    agent = job.agent(1)
+    folder = segment_folder(job, 1)
+    kill_all(job)
+    job.kill_actor(agent)
+    for path in folder.glob("*.segment"):
+        path.unlink()
+    again = make_job(save_steps=4).start(2)
+    assert again.all("restore") == [4, 4]
+    expect(again, 4)
+
+
+def test_memory_only_snapshots_are_lost_with_their_host(make_job: Callable[..., Job]) -> None:
+    job = start(make_job(save_steps=4, memory_steps=1), 2)
+    job.all("do", until_planned)
+    job.all("train", 1, 6)
+    job.until_committed(4)
+    until_in_memory(job, 6)
+    agent, folder = job.agent(1), segment_folder(job, 1)
+    kill_all(job)
+    for path in folder.glob("*.segment"):
+        path.unlink()
+    os.kill(get(agent.pid.remote()), signal.SIGKILL)
+    again = make_job(save_steps=4, memory_steps=1).start(2)
+    assert again.all("restore") == [4, 4]
+    expect(again, 4)
