@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import logging
+from collections.abc import Callable, Collection
 from typing import Any
 
 import ray
@@ -11,9 +13,12 @@ from ray.exceptions import RayError
 from ray_ckpt.agent.mirror import CHUNK_NBYTES, Piece
 from ray_ckpt.coordinator import find_agent
 from ray_ckpt.errors import ObjectMissingError, UnavailableError
+from ray_ckpt.protocol.messages import Holders
 from ray_ckpt.restore import MappedSource, Part, Source, StoredCheckpoint, open_snapshot
 
-_CALL_S = 30.0
+logger = logging.getLogger(__name__)
+
+_CALL_S = 10.0
 _READ_S = 60.0
 
 
@@ -54,25 +59,42 @@ def ask(agent: Any, part: Part, start: int, nbytes: int) -> Callable[[], Piece]:
     return wait
 
 
-def recall(url: str, save: tuple[int, int], holders: Sequence[str], here: str) -> StoredCheckpoint:
+def recall(url: str, save: tuple[int, int], holders: Holders, here: str) -> StoredCheckpoint:
     """The snapshot of a save, whose parts lie with these hosts, by rank; ``here`` is this process's host.
 
+    Of the hosts that hold a part it is enough that one is still there.
+
     Raises:
-        UnavailableError: a host does not answer.
-        ObjectMissingError: a part is gone.
+        ObjectMissingError: a part is gone, with its host or from its memory.
         DamagedError: the parts do not belong together.
     """
-    agents = {host: find_agent(url, host) for host in dict.fromkeys(holders)}
-    try:
-        refs = {host: agent.parts.remote(save) for host, agent in agents.items()}
-        told: dict[str, list[Part]] = dict(zip(refs, ray.get(list(refs.values()), timeout=_CALL_S), strict=True))
-    except (RayError, TimeoutError) as error:
-        raise UnavailableError(f"not all of the hosts {sorted(agents)} answered: {error}") from error
+    agents, told = _ask_all(url, save, {host for hosts in holders for host in hosts})
     parts, sources = [], []
-    for rank, host in enumerate(holders):
-        part = next((p for p in told[host] if p.rank == rank), None)
-        if part is None:
-            raise ObjectMissingError(f"host {host} has no snapshot of rank {rank} of step {save[1]} any more")
+    for rank, hosts in enumerate(holders):
+        found = next(((host, part) for host in hosts for part in told.get(host, ()) if part.rank == rank), None)
+        if found is None:
+            raise ObjectMissingError(
+                f"rank {rank}'s snapshot of step {save[1]} was with {' and '.join(hosts)}, and is gone"
+            )
+        host, part = found
         parts.append(part)
         sources.append(MappedSource(part.path, part.fills) if host == here else RemoteSource(agents[host], part, host))
     return open_snapshot(f"the memory of {len(agents)} hosts", parts, sources)
+
+
+def _ask_all(url: str, save: tuple[int, int], hosts: Collection[str]) -> tuple[dict[str, Any], dict[str, list[Part]]]:
+    """The agents of those hosts that answer, and what they hold. One that died a moment ago does not."""
+    agents: dict[str, Any] = {}
+    for host in hosts:
+        with contextlib.suppress(UnavailableError):
+            agents[host] = find_agent(url, host)
+    refs = {host: agent.parts.remote(save) for host, agent in agents.items()}
+    if refs:
+        ray.wait(list(refs.values()), num_returns=len(refs), timeout=_CALL_S)
+    told: dict[str, list[Part]] = {}
+    for host, ref in refs.items():
+        try:
+            told[host] = ray.get(ref, timeout=0)
+        except (RayError, TimeoutError) as error:
+            logger.warning("host %s does not tell what it holds of step %d: %s", host, save[1], error)
+    return {host: agents[host] for host in told}, told

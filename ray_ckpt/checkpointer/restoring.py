@@ -162,7 +162,7 @@ def _recall(link: Link, decision: RestoreDecision, read: Read) -> tuple[Build | 
         level = logging.WARNING if chosen is None else logging.INFO
         logger.log(level, "%s: step %s is not read from host memory: %s", link.url, decision.step, error)
         return None, str(error)
-    hosts = len(set(decision.holders))
+    hosts = len({of[0] for of in decision.holders})
     logger.info(
         "%s: step %d read from the memory of %d hosts in %.2f s", link.url, save[1], hosts, time.monotonic() - began
     )

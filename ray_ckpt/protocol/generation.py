@@ -14,7 +14,15 @@ from typing import Any
 
 from ray_ckpt.protocol.flows import Flow, Flows, Io, IoFailedError, ListAgents, ReadHead, Until
 from ray_ckpt.protocol.ledger import Ledger
-from ray_ckpt.protocol.messages import JobConfig, Problem, RestoreDecision, RestoreResult, RestoreWish, WorkerReport
+from ray_ckpt.protocol.messages import (
+    Holders,
+    JobConfig,
+    Problem,
+    RestoreDecision,
+    RestoreResult,
+    RestoreWish,
+    WorkerReport,
+)
 from ray_ckpt.protocol.recall import Recall
 from ray_ckpt.protocol.roster import Roster, Save
 from ray_ckpt.protocol.saves import Saves
@@ -77,7 +85,7 @@ class Generations:
         self._bad: set[str | Save] = set()
         self._falling_back = False
         self._roll_calls = 0
-        self._holders: dict[tuple[int, int], tuple[str, ...]] = {}
+        self._holders: dict[tuple[int, int], Holders] = {}
         self._asked_since: float | None = None
 
     @property

@@ -200,11 +200,15 @@ class Problem:
     text: str
 
 
+Holders = tuple[tuple[str, ...], ...]
+
+
 @dataclass(frozen=True, slots=True)
 class RestoreDecision:
     """What all ranks of a generation read: a checkpoint, or a newer ``snapshot`` (generation, step); or nothing.
 
-    ``holders``: by rank of the start that saved it, the host in whose memory the bytes lie; empty where they do not.
+    ``holders``: by rank of the start that saved it, the hosts in whose memory the bytes lie, or have lain a moment ago;
+    empty where they do not.
     """
 
     generation: int
@@ -212,7 +216,7 @@ class RestoreDecision:
     checkpoint: Checkpoint | None
     note: str = ""
     snapshot: tuple[int, int] | None = None
-    holders: tuple[str, ...] = ()
+    holders: Holders = ()
 
     @property
     def step(self) -> int | None:

@@ -9,7 +9,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from ray_ckpt.protocol.ledger import Ledger
-from ray_ckpt.protocol.messages import SegmentInfo
+from ray_ckpt.protocol.messages import Holders, SegmentInfo
 from ray_ckpt.protocol.planner import replica_mismatch
 from ray_ckpt.protocol.roster import Roster, Save
 from ray_ckpt.types import Checkpoint
@@ -35,9 +35,11 @@ class Snapshot:
         return all(len(held) > 1 for held in self.parts.values())
 
     @property
-    def holders(self) -> tuple[str, ...]:
-        """By rank, the host to ask: the rank's own while it is there."""
-        return tuple(min(held, key=lambda host: (held[host].replica, host)) for _, held in sorted(self.parts.items()))
+    def holders(self) -> Holders:
+        """By rank, the hosts to ask: the rank's own first."""
+        return tuple(
+            tuple(sorted(held, key=lambda host: (held[host].replica, host))) for _, held in sorted(self.parts.items())
+        )
 
 
 class Recall:
@@ -62,7 +64,7 @@ class Recall:
             self._snapshots = {save: s for save, s in found.items() if s.whole}
         return self._snapshots
 
-    def holders(self, save: Save | None) -> tuple[str, ...]:
+    def holders(self, save: Save | None) -> Holders:
         """Where the parts of a snapshot lie, by rank; empty unless it is whole."""
         found = self.whole.get(save) if save is not None else None
         return found.holders if found is not None else ()
