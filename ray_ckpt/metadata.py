@@ -13,13 +13,14 @@ order of their offsets, one checksum for each `types.CHUNK_NBYTES` stored bytes,
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ray_ckpt import strict_json
 from ray_ckpt.errors import CheckpointError, DamagedError
+from ray_ckpt.strict_json import integer
 from ray_ckpt.types import FORMAT_VERSION
 
 DEFAULT_KIND = "numpy"
@@ -99,11 +100,11 @@ def decode(raw: bytes, source: str) -> Metadata:
         DamagedError: not the JSON that `encode` writes.
     """
     try:
-        document = json.loads(raw)
-        version = int(document["format_version"])
+        document = strict_json.parse(raw)
+        version = integer(document["format_version"])
         if version <= FORMAT_VERSION:
             return _from_document(document, version)
-    except (ValueError, TypeError, KeyError, AttributeError, binascii.Error) as error:
+    except strict_json.MALFORMED as error:
         raise DamagedError(
             f"{source}: its metadata is not readable ({type(error).__name__}: {error}); restore another checkpoint"
         ) from None
@@ -115,21 +116,21 @@ def decode(raw: bytes, source: str) -> Metadata:
 
 def _from_document(document: Mapping[str, Any], version: int) -> Metadata:
     return Metadata(
-        step=int(document["step"]),
+        step=integer(document["step"]),
         attempt=str(document["attempt"]),
-        generation=int(document["generation"]),
-        world_size=int(document["world_size"]),
+        generation=integer(document["generation"]),
+        world_size=integer(document["world_size"]),
         time=float(document["time"]),
         trees=tuple(
-            RankTree(tuple(int(rank) for rank in entry["ranks"]), str(entry["tree"]))
+            RankTree(tuple(integer(rank) for rank in entry["ranks"]), str(entry["tree"]))
             for entry in document.get("trees", ())
         ),
         kinds={str(name): str(kind) for name, kind in document.get("kinds", {}).items()},
         chunks={
-            int(shard): base64.b64decode(crcs, validate=True) for shard, crcs in document.get("chunks", {}).items()
+            integer(shard): base64.b64decode(crcs, validate=True) for shard, crcs in document.get("chunks", {}).items()
         },
         writers=tuple(
-            WriterNote(int(w["shard_id"]), str(w["host"]), int(w["nbytes"]), float(w["seconds"]))
+            WriterNote(integer(w["shard_id"]), str(w["host"]), integer(w["nbytes"]), float(w["seconds"]))
             for w in document.get("writers", ())
         ),
         format_version=version,

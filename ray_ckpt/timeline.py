@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ray_ckpt import strict_json
 from ray_ckpt.catalog import open_for_reading
 from ray_ckpt.errors import ObjectMissingError
 from ray_ckpt.types import PRIVATE_DIR
@@ -77,7 +77,7 @@ def timelines(url: str | os.PathLike[str], *, storage_options: Mapping[str, Any]
         except ObjectMissingError:
             # Retention has deleted it meanwhile.
             continue
-        except (ValueError, KeyError, TypeError) as error:
+        except strict_json.MALFORMED as error:
             logger.warning("%s/%s is not a timeline, it is left out: %r", store.url, info.path, error)
     return sorted(found, key=lambda timeline: (timeline.committed, timeline.attempt))
 
@@ -86,18 +86,18 @@ def decode_timeline(raw: bytes) -> Timeline:
     """One save's timeline from its JSON, as the coordinator writes it.
 
     Raises:
-        ValueError, KeyError, TypeError: it is none.
+        One of `strict_json.MALFORMED`: it is none.
     """
-    fields = json.loads(raw)
+    fields = strict_json.parse(raw)
     return Timeline(
-        step=int(fields["step"]),
-        generation=int(fields["generation"]),
+        step=strict_json.integer(fields["step"]),
+        generation=strict_json.integer(fields["generation"]),
         attempt=str(fields["attempt"]),
         prefix=str(fields["prefix"]),
         opened=float(fields["opened"]),
         committed=float(fields["committed"]),
         snapshots=tuple(
-            SnapshotSpan(int(s["rank"]), float(s["due"]), float(s["sealed"]), str(s["trigger"]))
+            SnapshotSpan(strict_json.integer(s["rank"]), float(s["due"]), float(s["sealed"]), str(s["trigger"]))
             for s in fields["snapshots"]
         ),
         shards=tuple(_shard(s) for s in fields["shards"]),
@@ -107,11 +107,11 @@ def decode_timeline(raw: bytes) -> Timeline:
 def _shard(fields: dict[str, Any]) -> ShardSpan:
     began = float(fields["began"])
     return ShardSpan(
-        writer=int(fields["writer"]),
-        rank=int(fields["rank"]),
+        writer=strict_json.integer(fields["writer"]),
+        rank=strict_json.integer(fields["rank"]),
         host=str(fields["host"]),
-        tries=int(fields["try"]),
-        nbytes=int(fields["nbytes"]),
+        tries=strict_json.integer(fields["try"]),
+        nbytes=strict_json.integer(fields["nbytes"]),
         began=began,
         ended=began + float(fields["seconds"]),
     )

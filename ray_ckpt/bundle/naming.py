@@ -6,7 +6,7 @@ import re
 
 from ray_ckpt.errors import UsageError
 
-_SHARD = re.compile(r"(?s:(?P<prefix>.*))\.data-(?P<shard>\d{5,})-of-(?P<of>\d{5,})")
+_SHARD = re.compile(r"(?s:(?P<prefix>.*))\.data-(?P<shard>[0-9]{5,10})-of-(?P<of>[0-9]{5,10})")
 _INDEX_SUFFIX = ".index"
 
 

@@ -8,13 +8,13 @@ is left alone, as plain TensorFlow or a person may have put it there.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ray_ckpt import strict_json
 from ray_ckpt.bundle import parse_index_name, parse_shard_name, parse_state_file
 from ray_ckpt.errors import DamagedError, ObjectMissingError
 from ray_ckpt.log import delete_claim, list_claims, list_pins, read_head
@@ -144,6 +144,6 @@ def _may_forget(claim: Claim, head: LogRecord) -> bool:
 
 def _expired(store: Store, info: ObjectInfo, now: float) -> bool:
     try:
-        return float(json.loads(store.read(info.path))["expires"]) <= now
-    except (ObjectMissingError, ValueError, KeyError, TypeError):
+        return float(strict_json.parse(store.read(info.path))["expires"]) <= now
+    except (ObjectMissingError, *strict_json.MALFORMED):
         return False

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from urllib.parse import quote, unquote
 
+from ray_ckpt import strict_json
 from ray_ckpt.errors import DamagedError, ObjectMissingError, StorageError
 from ray_ckpt.log.codec import decode_claim, encode_claim, inside
 from ray_ckpt.storage import ObjectInfo, Store
@@ -99,10 +100,10 @@ def list_pins(store: Store, now: float) -> set[str]:
 def _expiry(store: Store, info: ObjectInfo) -> float | None:
     """When the pin ends; None if it is gone. One that cannot be read lives as long as it normally would."""
     try:
-        return float(json.loads(store.read(info.path))["expires"])
+        return float(strict_json.parse(store.read(info.path))["expires"])
     except ObjectMissingError:
         return None
-    except (ValueError, KeyError, TypeError):
+    except strict_json.MALFORMED:
         return info.modified + PIN_LIFETIME_S
 
 

@@ -6,11 +6,14 @@ Each carries the crc32c of all its other keys; one without, from an older versio
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import math
 import types
 import typing
 from typing import Any, Literal, TypeVar, Union
 
+from ray_ckpt import strict_json
 from ray_ckpt.bundle import crc32c
 from ray_ckpt.errors import CheckpointError, DamagedError, UsageError
 from ray_ckpt.storage.base import checked_path
@@ -84,7 +87,7 @@ def _checksum(value: dict[str, Any]) -> int:
 
 def _decode(cls: type[T], raw: bytes, source: str) -> T:
     try:
-        value = json.loads(raw)
+        value = strict_json.parse(raw)
         version = _convert(int, value["format"])
         if version > FORMAT_VERSION:
             raise CheckpointError(
@@ -94,7 +97,7 @@ def _decode(cls: type[T], raw: bytes, source: str) -> T:
         if CHECKSUM in value and value[CHECKSUM] != _checksum(value):
             raise ValueError(f"its crc32c should be {value[CHECKSUM]}, is {_checksum(value)}")
         result: T = _convert(cls, value)
-    except (ValueError, KeyError, TypeError) as error:
+    except strict_json.MALFORMED as error:
         raise DamagedError(
             f"{source} is no {cls.__name__} of ray_ckpt ({type(error).__name__}: {error}; {len(raw)} bytes):"
             " it was damaged or written by something else"
@@ -109,25 +112,32 @@ def _convert(expected: Any, value: Any) -> Any:
         return None if value is None else _convert(args[0], value)
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
-            raise TypeError(f"expected a list, found {value!r}")
+            raise TypeError(f"expected a list, found {value!r:.200}")
         return tuple(_convert(args[0], item) for item in value)
     if origin is Literal:
         if value not in args:
-            raise ValueError(f"expected one of {args}, found {value!r}")
+            raise ValueError(f"expected one of {args}, found {value!r:.200}")
         return value
     if dataclasses.is_dataclass(expected):
         return _convert_fields(expected, value)
     if expected is float and type(value) is int:
-        return float(value)
+        value = float(value)
     if type(value) is not expected:
-        raise TypeError(f"expected {expected.__name__}, found {value!r}")
-    return value
+        raise TypeError(f"expected {expected.__name__}, found {value!r:.200}")
+    if expected is float and not math.isfinite(value):
+        raise ValueError(f"expected a number, found {value}")
+    return strict_json.integer(value) if expected is int else value
+
+
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
 
 
 def _convert_fields(cls: Any, value: Any) -> Any:
     if not isinstance(value, dict):
-        raise TypeError(f"expected an object, found {value!r}")
-    hints = typing.get_type_hints(cls)
+        raise TypeError(f"expected an object, found {value!r:.200}")
+    hints = _hints(cls)
     given = {}
     for field in dataclasses.fields(cls):
         if field.name in value:

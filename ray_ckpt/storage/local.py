@@ -10,6 +10,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -29,7 +30,12 @@ _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.E
 
 
 class LocalBackend(Backend):
-    """The files below one directory."""
+    """The files below one directory.
+
+    Links are followed where files are read, as data may have been put on another disk: what the kernel lets this user
+    read, the user may restore. Nothing is written or removed through a link that stands for a file: a new file takes
+    the link's place, and only the link is removed. Listings do not go into linked folders.
+    """
 
     def __init__(self, root: str) -> None:
         self.root = root
@@ -52,7 +58,7 @@ class LocalBackend(Backend):
             writer.abort()
 
     def read(self, path: str) -> bytes:
-        with open(self._full(path), "rb") as file:
+        with open(_open_file(self._full(path)), "rb") as file:
             return file.read()
 
     def read_versioned(self, path: str) -> tuple[bytes, str]:
@@ -66,7 +72,7 @@ class LocalBackend(Backend):
             self.put(path, memoryview(data))
 
     def read_into(self, path: str, start: int, buffer: memoryview) -> None:
-        fd = os.open(self._full(path), os.O_RDONLY | os.O_CLOEXEC)
+        fd = _open_file(self._full(path))
         try:
             done = 0
             while done < len(buffer):
@@ -89,11 +95,10 @@ class LocalBackend(Backend):
                 folders.clear()
                 continue
             for name in names:
-                with suppress(FileNotFoundError):  # deleted between the listing and the stat
-                    if not name.startswith(TEMPORARY):
-                        path = name if relative == "." else f"{relative}/{name}"
-                        status = os.stat(os.path.join(folder, name))
-                        found.append(ObjectInfo(path, status.st_size, status.st_mtime))
+                status = None if name.startswith(TEMPORARY) else _status(os.path.join(folder, name))
+                if status is not None:
+                    path = name if relative == "." else f"{relative}/{name}"
+                    found.append(ObjectInfo(path, status.st_size, status.st_mtime))
         return found
 
     def delete(self, path: str) -> None:
@@ -235,6 +240,29 @@ def _link(source: str, target: str, folder: int | None = None) -> None:
             f"the file system of {directory} has no hard links{also} ({error.strerror}), so nothing can be created"
             " exclusively there: choose another directory"
         ) from error
+
+
+def _open_file(path: str) -> int:
+    """A file for reading. Others than files are refused: a pipe may never have an end, nor a device."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISREG(mode):
+        return fd
+    os.close(fd)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    raise OSError(errno.EINVAL, "a pipe, socket or device, not a file", path)
+
+
+def _status(path: str) -> os.stat_result | None:
+    """Of a file, also at the end of a link; None if it is none, or has been deleted since it was listed."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP):
+            return None
+        raise
+    return status if stat.S_ISREG(status.st_mode) else None
 
 
 def _digest(data: bytes) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from ray_ckpt.leaves.base import PER_WORKER_PREFIX
 from ray_ckpt.metadata import Metadata
 from ray_ckpt.restore import StoredCheckpoint
-from ray_ckpt.tree import ROOT_NAME, join_name
+from ray_ckpt.tree import ROOT_NAME, join_name, reading_structure
 
 _PER_WORKER = re.compile(r"(?s)(.*)/\.per_worker/(\d{5,})-of-(\d{5,})")
 _REBUILT = frozenset({"dict", "list", "tuple", "named"})
@@ -74,13 +74,15 @@ def stored_tree(metadata: Metadata | None, rank: int, world_size: int) -> str | 
 
 
 def leaf_names(tree: str) -> list[str]:
-    """The names of the leaves of a structure that `tree.flatten` described."""
-    return list(_leaf_names(json.loads(tree), ""))
+    """The names of the leaves of a structure that `tree.flatten` described. Raises `DamagedError` if it is none."""
+    with reading_structure():
+        return list(_leaf_names(json.loads(tree), ""))
 
 
 def foreign_containers(tree: str) -> list[str]:
-    """The types of the containers that `tree.rebuild` cannot make, sorted."""
-    return sorted({kind for kind in _kinds(json.loads(tree)) if kind not in _REBUILT})
+    """The types of the containers that `tree.rebuild` cannot make, sorted. Raises `DamagedError` if it is none."""
+    with reading_structure():
+        return sorted({kind for kind in _kinds(json.loads(tree)) if kind not in _REBUILT})
 
 
 def _leaf_names(node: Any, name: str) -> Iterator[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ray_ckpt import catalog
+from ray_ckpt import catalog, strict_json
 from ray_ckpt.errors import DamagedError, NoCheckpointError, StorageError, UsageError
 from ray_ckpt.storage import locate
 from ray_ckpt.train.place import place_of
@@ -108,11 +108,11 @@ def from_train(checkpoint: Any) -> Pointer:
 
 def _decoded(raw: bytes, path: str, filesystem: Any) -> Pointer:
     try:
-        content = json.loads(raw)
+        content = strict_json.parse(raw)
         url = str(content["url"])
-        found = str(content["prefix"]), int(content["generation"]), _options(filesystem, path, url)
-        return Pointer(url, int(content["step"]), *found)
-    except (ValueError, KeyError, TypeError) as error:
+        found = str(content["prefix"]), strict_json.integer(content["generation"]), _options(filesystem, path, url)
+        return Pointer(url, strict_json.integer(content["step"]), *found)
+    except strict_json.MALFORMED as error:
         raise DamagedError(f"{path} is not a pointer that ckpt.report() wrote ({error!r})") from None
 
 

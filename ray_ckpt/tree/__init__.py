@@ -19,6 +19,7 @@ their part, so that it does not depend on the order of insertion.
 from ray_ckpt.tree.flat import Flat, flatten, named_leaves, rebuild, unflatten
 from ray_ckpt.tree.names import ROOT_NAME, join_name
 from ray_ckpt.tree.nodes import Named
+from ray_ckpt.tree.stored import reading_structure
 from ray_ckpt.tree.structure import Structure
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "flatten",
     "join_name",
     "named_leaves",
+    "reading_structure",
     "rebuild",
     "unflatten",
 ]

@@ -10,6 +10,7 @@ from typing import Any
 from ray_ckpt.errors import MismatchError, StateError
 from ray_ckpt.tree.names import ROOT_NAME, join_name, part_of
 from ray_ckpt.tree.nodes import LEAVES, Named, named_children, node_of
+from ray_ckpt.tree.stored import reading_structure
 from ray_ckpt.types import METADATA_KEY
 
 _LEAF = "*"
@@ -71,8 +72,10 @@ def rebuild(tree: str, values: Mapping[str, Any]) -> Any:
     Raises:
         StateError: the structure holds other containers: they need a state as ``like``.
         MismatchError: a leaf has no value.
+        DamagedError: it is no structure.
     """
-    return _rebuild(json.loads(tree), "", values)
+    with reading_structure():
+        return _rebuild(json.loads(tree), "", values)
 
 
 def _flatten(value: Any, name: str, leaves: list[tuple[str, Any]]) -> Any:

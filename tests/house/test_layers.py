@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("types",),
+    ("strict_json",),
     ("bundle",),
     ("plan",),
     ("policy",),
