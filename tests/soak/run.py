@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 from ray.exceptions import RayError
 from ray.util import list_named_actors
@@ -27,6 +25,9 @@ from tests.soak.witness import Witness
 from tests.system.waiting import pause
 
 STUCK_S = 120.0
+ENOUGH = 20
+"""Violations after which a soak ends early: the first ones tell the most."""
+
 TIMEOUTS = Timeouts(start_s=60.0, save_s=40.0, settle_s=20.0, host_s=10.0)
 _LOOK_S = 0.4
 _TICK_S = 0.05
@@ -36,12 +37,7 @@ _ARTICLES: dict[Kind, str] = {"agent": "an agent", "writer": "a writer", "coordi
 
 
 class Stuck(Exception):
-    """Nothing has been committed for too long; it has been told as a violation."""
-
-
-def _accepted(settings: dict[str, Any]) -> dict[str, Any]:
-    known = inspect.signature(ray_ckpt.Checkpointer).parameters
-    return {name: value for name, value in settings.items() if name in known}
+    """The run cannot go on: nothing has been committed for too long, or too much is wrong; it has been told."""
 
 
 class Run:
@@ -52,7 +48,7 @@ class Run:
     ) -> None:
         self._plan, self._store, self._hosts, self._witness, self._tally = plan, store, hosts, witness, tally
         model = Model(plan.seed, plan.columns)
-        settings = {**_accepted(plan.settings), "timeouts": TIMEOUTS, "storage_options": store.options}
+        settings = {**plan.settings, "timeouts": TIMEOUTS, "storage_options": store.options}
         folder.mkdir(parents=True)
         self._job = Job(store.url, model, plan.pace_s, folder, settings, tally)
         self._name = f"run {plan.number}"
@@ -73,7 +69,7 @@ class Run:
         """All of it; no event starts after ``until``, a value of `time.monotonic`.
 
         Raises:
-            Stuck: nothing was committed for `STUCK_S` seconds.
+            Stuck: nothing was committed for `STUCK_S` seconds, or there are `ENOUGH` violations.
         """
         plan = self._plan
         self._tell(f"{self._world} ranks, {plan.columns * 3360 / 1e6:.1f} MB, {plan.settings}")
@@ -108,6 +104,8 @@ class Run:
             self._moved = now
         if now - self._moved > STUCK_S:
             self._tally.violated(f"{self._name}: nothing was committed for {STUCK_S:.0f} s: {self._status()}")
+            raise Stuck
+        if len(self._tally.violations) >= ENOUGH:
             raise Stuck
 
     def _look(self) -> None:
