@@ -261,7 +261,7 @@ class Cut:
             return
         if self._timer is None:
             self._timer = self._ledger.now
-        seen = max(r.reached for r in reports.values())
+        seen = max(self._restored_step, *(r.reached for r in reports.values()))
         stride = max([config.stride, *(r.stride for r in reports.values())])
         earliest = seen + self._margin * stride
         # A bound need not be a step that the loop will report; where it has reported one, the stride counts from there.
@@ -275,6 +275,12 @@ class Cut:
         step = self._wanted_step(config, seen, origin, earliest, stride)
         if step is not None:
             self._open(Proposal("", step, reason=self._reason(config)), seen)
+
+    @property
+    def _restored_step(self) -> int:
+        """Where the loops begin: of those that have not told a step yet no more is known."""
+        generation = self._ledger.head.generation
+        return -1 if generation is None or generation.restored_step is None else generation.restored_step
 
     @property
     def _stopping(self) -> bool:

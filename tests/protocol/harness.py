@@ -7,11 +7,12 @@ unless a test moves it, and every host reports when it is told to.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ray_ckpt.protocol import flows
 from ray_ckpt.protocol.coordinator import CoordinatorLogic
-from ray_ckpt.protocol.host import Free, HostLogic
+from ray_ckpt.protocol.host import Free, HostLogic, Keep, StartWrite
 from ray_ckpt.protocol.messages import JobConfig, RestoreResult, RestoreWish, SegmentInfo, Trigger
 from ray_ckpt.protocol.worker import WorkerLogic
 from ray_ckpt.types import Box, Claim, Layout, LeafSpec, LogRecord, ShardReport
@@ -101,7 +102,7 @@ class World:
                 self.deleted.append(prefix)
             case flows.DeleteClaim(prefix):
                 self.claims.pop(prefix, None)
-            case flows.ReadForeign() | flows.ListPins() | flows.ReadState():
+            case flows.ReadForeign() | flows.ListPins() | flows.ReadState() | flows.ListAgents():
                 return frozenset()
         return None
 
@@ -125,7 +126,9 @@ class Host:
             if isinstance(action, Free):
                 del self.segments[action.segment.name]
                 self.logic.on_freed(action.segment.name)
-            elif self.writes:
+            elif isinstance(action, Keep):
+                self.segments[action.segment.name] = replace(action.segment, kept=True)
+            elif isinstance(action, StartWrite) and self.writes:
                 self.logic.on_written(action, shard(action.order.attempt, action.writer))
         self.world.exchange(self)
 
