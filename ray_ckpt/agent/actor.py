@@ -15,13 +15,14 @@ import ray
 from ray.exceptions import RayError
 
 from ray_ckpt.agent import notices
+from ray_ckpt.agent.hedge import Hedge
 from ray_ckpt.agent.memory import HostMemory
 from ray_ckpt.agent.mirror import Piece, mirror, read_piece
 from ray_ckpt.agent.pool import WriterPool
 from ray_ckpt.agent.serving import ask
 from ray_ckpt.agent.watch import when_ended
 from ray_ckpt.coordinator import find, find_agent, find_or_start, run_id
-from ray_ckpt.errors import ObjectMissingError, RayCkptError, SaveError, StorageError, UsageError
+from ray_ckpt.errors import ObjectMissingError, RayCkptError, StorageError, UsageError
 from ray_ckpt.protocol.host import Free, HostLogic, Keep, Mirror, StartWrite
 from ray_ckpt.protocol.messages import HostView, SegmentInfo, WorkerReport, WorkerView
 from ray_ckpt.restore import Part
@@ -73,6 +74,7 @@ class Agent:
         self._coordinator: Any = None
         self._memory: HostMemory | None = None
         self._pool: WriterPool | None = None
+        self._hedge = Hedge()
         self._news = asyncio.Event()
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -281,22 +283,29 @@ class Agent:
 
     async def _write(self, start: StartWrite) -> None:
         order = start.order
+        what = f"shard of writer {start.writer} (rank {start.segment.rank}) of step {order.step} on {self._logic.name}"
+        tries: list[int] = []
+
+        def next_try() -> Coroutine[Any, Any, ShardReport] | None:
+            if tries and tries[-1] + 1 >= order.max_tries:
+                return None
+            tries.append(self._memory_now.next_try(start.segment.name, start.local, order.epoch))
+            return self._write_try(start, tries[-1]) if tries[-1] < order.max_tries else None
+
         try:
-            attempt_try = self._memory_now.next_try(start.segment.name, start.local, order.epoch)
-            if attempt_try >= order.max_tries:
-                raise SaveError(f"none of {order.max_tries} tries was left")
-            final = attempt_try + 1 >= order.max_tries
+            nbytes = self._memory_now.nbytes(start.segment.name) // start.segment.writers
             try:
-                report = await self._write_try(start, attempt_try)
+                report = await self._hedge.write(what, nbytes, next_try)
             except StorageError as error:
+                final = tries[-1] + 1 >= order.max_tries
                 left = "no try is left" if final else "trying again under another name"
-                logger.warning("shard of writer %d of step %d: %s; %s", start.writer, order.step, error, left)
+                logger.warning("%s: %s; %s", what, error, left)
                 self._logic.on_write_failed(start, str(error), final=final)
             else:
                 self._logic.on_written(start, report)
         except Exception as error:
             # Whatever it is, the save must hear of it: a writer that is neither at work nor done would hold it up.
-            logger.warning("shard of writer %d of step %d: %r", start.writer, order.step, error)
+            logger.warning("%s: %r", what, error)
             self._logic.on_write_failed(start, str(error) or repr(error), final=True)
         self._look()
 

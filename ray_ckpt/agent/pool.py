@@ -6,6 +6,7 @@ A retry by Ray would write the same path again; the agent retries under the next
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from typing import Any
 
@@ -19,6 +20,8 @@ from ray_ckpt.types import ShardReport
 from ray_ckpt.writer import write_shard
 
 logger = logging.getLogger(__name__)
+
+_END_S = 5.0
 
 
 def _warm_up(store: Store) -> str:
@@ -47,18 +50,24 @@ class WriterPool:
         self._warming = [self._warm.remote(self._store) for _ in range(writers)]
 
     async def write(self, path: str, *, timeout_s: float, **arguments: Any) -> ShardReport:
-        """One try of one shard, which may take ``timeout_s``.
+        """One try of one shard, which may take ``timeout_s`` beside one operation of the store: that one tells more.
+
+        A try that is late, or whose caller is cancelled, has its process killed before this returns.
 
         Raises:
             SaveError: the snapshot is not there any more.
             StorageError: the try failed; another may work.
         """
         task = self._write.remote(path, store=self._store, **arguments)
+        timeout_s += self._store.timeout_s
         try:
             report: ShardReport = await asyncio.wait_for(task, timeout_s)
             return report
+        except asyncio.CancelledError:
+            await _end(task)
+            raise
         except asyncio.TimeoutError:
-            ray.cancel(task, force=True)
+            await _end(task)
             raise StorageError(f"the writer was not done after {timeout_s:.0f} s and has been ended") from None
         except RayTaskError as error:
             cause = error.cause
@@ -85,3 +94,14 @@ class WriterPool:
             raise
         except OSError as error:
             raise StorageError(str(error)) from error
+
+
+async def _end(task: Any) -> None:
+    """Kill the task's process and wait until it is gone; not for long: one that hangs in the kernel stays."""
+
+    async def ended() -> None:
+        with contextlib.suppress(RayError):
+            await task
+
+    ray.cancel(task, force=True)
+    await asyncio.wait([asyncio.ensure_future(ended())], timeout=_END_S)
