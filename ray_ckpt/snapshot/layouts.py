@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ray_ckpt.snapshot.table import counts
+from ray_ckpt.strict_json import MALFORMED
 from ray_ckpt.types import Box, Layout, LeafSpec
 
 _SUFFIX = ".layout"
@@ -29,7 +31,7 @@ def read_layouts(folder: str | Path) -> dict[str, Layout]:
         try:
             tree, rows = json.loads(path.read_text())
             leaves = tuple(_leaf(row) for row in rows)
-        except (OSError, ValueError, TypeError):
+        except (OSError, *MALFORMED):
             continue
         found[path.stem] = Layout(leaves, tree, path.stem)
     return found
@@ -41,5 +43,5 @@ def _row(leaf: LeafSpec) -> list[Any]:
 
 def _leaf(row: list[Any]) -> LeafSpec:
     name, dtype, shape, kind, boxes = row
-    pairs = tuple(Box(tuple(offset), tuple(extent)) for offset, extent in boxes)
-    return LeafSpec(str(name), str(dtype), tuple(shape), pairs, str(kind))
+    pairs = tuple(Box(counts(offset), counts(extent)) for offset, extent in boxes)
+    return LeafSpec(str(name), str(dtype), counts(shape), pairs, str(kind))

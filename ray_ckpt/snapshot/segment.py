@@ -32,11 +32,11 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import numpy as np
 
@@ -52,6 +52,9 @@ from ray_ckpt.snapshot.table import (
     decode_table,
     encode_save,
 )
+from ray_ckpt.strict_json import MALFORMED
+
+T = TypeVar("T")
 
 MAX_WRITERS = 1024
 _MAGIC = b"RAYCKPT4"
@@ -116,6 +119,7 @@ class Segment:
         self._words = view[:HEADER_NBYTES].cast("Q")
         self._tries = view[_TRIES_AT:_SUMMED_AT].cast("Q")
         self.data = view[HEADER_NBYTES:]
+        SegmentState(self._words[_Word.STATE])
 
     @classmethod
     def create(cls, path: str | Path, data_nbytes: int) -> Segment:
@@ -172,8 +176,10 @@ class Segment:
             if found.st_uid != os.getuid() or not found.st_nlink:
                 raise StorageError(f"{path}: the segment belongs to another user or has just been removed")
             return cls(path, fd, writable=writable)
-        except BaseException:
+        except BaseException as err:
             os.close(fd)
+            if isinstance(err, (ValueError, OverflowError)):
+                raise StorageError(f"{path}: not a whole segment ({err}); remove it if nobody uses it") from None
             raise
 
     def __enter__(self) -> Segment:
@@ -218,7 +224,7 @@ class Segment:
         """The save that fills or filled it; None while it is empty."""
         if self.state is SegmentState.EMPTY:
             return None
-        with contextlib.suppress(ValueError, TypeError):
+        with contextlib.suppress(*MALFORMED):
             return decode_save(self._map[_SAVE_AT : _SAVE_AT + self._words[_Word.SAVE_NBYTES]])
         return None
 
@@ -328,11 +334,22 @@ class Segment:
 
     def table(self) -> Table:
         """The sealed contents. Raises as `read_table` does."""
-        return decode_table(self.read_table())
+        table = self._decoded(decode_table)
+        end = max((entry.start + entry.nbytes for entry in table.entries), default=0)
+        if end > self.data_nbytes:
+            raise DamagedError(f"{self.path}: has {self.data_nbytes} bytes of data, its entries need {end}")
+        return table
 
     def digests(self) -> Mapping[str, int]:
         """The sealed table's ``digests`` alone. Raises as `read_table` does."""
-        return decode_digests(self.read_table())
+        return self._decoded(decode_digests)
+
+    def _decoded(self, decode: Callable[[bytes], T]) -> T:
+        table = self.read_table()
+        try:
+            return decode(table)
+        except MALFORMED as err:
+            raise DamagedError(f"{self.path}: not a table of entries ({err!r:.200}); the snapshot is lost") from None
 
     def read_table(self) -> bytes:
         """The encoded table (`table.encode_table`).
@@ -343,7 +360,8 @@ class Segment:
         """
         if self.state not in WHOLE:
             raise SaveError(f"{self.path}: the segment is {self.state.name.lower()}, expected it sealed")
-        data = os.pread(self._fd, self._words[_Word.TABLE_NBYTES], self._table_at)
+        nbytes = min(self._words[_Word.TABLE_NBYTES], os.fstat(self._fd).st_size)
+        data = os.pread(self._fd, nbytes, self._table_at)
         if _digest(data) != self._map[_DIGEST]:
             raise DamagedError(f"{self.path}: the table of entries fails its digest; the snapshot is lost")
         return data

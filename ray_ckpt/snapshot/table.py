@@ -6,8 +6,8 @@ Two lines of JSON: first what concerns the snapshot as a whole, then the entries
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
 from ray_ckpt.types import CHUNK_NBYTES, Box, Layout, RankPlan, Shape
@@ -98,8 +98,17 @@ def encode_save(save: SaveId) -> bytes:
 
 
 def decode_save(data: bytes) -> SaveId:
-    """The inverse of `encode_save`."""
-    return SaveId(**json.loads(data))
+    """The inverse of `encode_save`. Raises one of `strict_json.MALFORMED`."""
+    return _save(json.loads(data))
+
+
+def _save(values: dict[str, Any]) -> SaveId:
+    save = SaveId(**values)
+    for field in fields(save):
+        found = type(getattr(save, field.name)).__name__
+        if found != field.type:
+            raise TypeError(f"{field.name}: expected {field.type}, found {found}")
+    return save
 
 
 _NEWLINE = b"\n"
@@ -136,31 +145,48 @@ def encode_table(
 
 
 def decode_digests(data: bytes) -> Mapping[str, int]:
-    """The ``digests`` of an encoded table alone, whatever its number of entries."""
-    digests: dict[str, int] = json.loads(data.partition(_NEWLINE)[0])["digests"]
-    return digests
+    """The ``digests`` of an encoded table alone, whatever its number of entries. Raises as `decode_table`."""
+    return _digests(json.loads(data.partition(_NEWLINE)[0]))
+
+
+def _digests(head: dict[str, Any]) -> Mapping[str, int]:
+    digests: dict[str, int] = head["digests"]
+    return dict(zip(digests.keys(), counts(digests.values()), strict=True))
 
 
 def decode_table(data: bytes) -> Table:
-    """The inverse of `encode_table`."""
+    """The inverse of `encode_table`. Raises one of `strict_json.MALFORMED`."""
     first, _, second = data.partition(_NEWLINE)
     raw = json.loads(first)
-    entries = []
+    entries: list[Entry] = []
+    last = 0
     # States repeat few shapes and offsets: their objects are made once.
     forms: dict[str, tuple[Shape, Box]] = {}
     for name, dtype, shape, offset, extent, start, nbytes, crc in json.loads(second):
         text = f"{shape}{offset}{extent}"
         form = forms.get(text)
         if form is None:
-            form = forms[text] = (tuple(shape), Box(tuple(offset), tuple(extent)))
+            form = forms[text] = (counts(shape), Box(counts(offset), counts(extent)))
+        if type(name) is not str or type(dtype) is not str or not len(shape) == len(offset) == len(extent):
+            raise TypeError(f"entry {len(entries)} is {dtype!r:.80} {name!r:.80} of shape {text:.80}")
+        name.isascii() or name.encode()
+        counts((start - last, nbytes) if crc is None else (start - last, nbytes, crc))
+        last = start
         entries.append(Entry(name, dtype, *form, start, nbytes, crc))
-    return Table(
-        SaveId(**raw["save"]),
-        tuple(entries),
-        tuple((first, stop) for first, stop in raw["writers"]),
-        raw["writer_base"],
-        raw["digests"],
-    )
+    writers = tuple((first, stop) for first, stop in map(counts, raw["writers"]))
+    if any(not first < stop <= len(entries) for first, stop in writers):
+        raise ValueError(f"writers {writers} of {len(entries)} entries")
+    (base,) = counts((raw["writer_base"],))
+    return Table(_save(raw["save"]), tuple(entries), writers, base, _digests(raw))
+
+
+def counts(numbers: Iterable[Any]) -> tuple[int, ...]:
+    """The numbers themselves, all of them counts or places. Raises `ValueError`."""
+    found = tuple(numbers)
+    for number in found:
+        if type(number) is not int or not 0 <= number < 1 << 64:
+            raise ValueError(f"expected a number that counts something, found {number!r:.80}")
+    return found
 
 
 def _row(layout: Layout, index: int, plan: RankPlan, start: int, nbytes: int, crc: int | None = None) -> list[Any]:
