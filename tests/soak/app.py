@@ -40,7 +40,6 @@ def soak(
     ] = "both",
 ) -> None:
     """Kill everything that a job on four hosts consists of, again and again, while an oracle looks at its files."""
-    signal.signal(signal.SIGTERM, _interrupt)
     chosen = random.randrange(2**16) if seed is None else seed
     # With its own file, it goes on writing there while Ray's reports of what was killed go elsewhere.
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else _PIPE_WIDTH, log_path=False)
@@ -64,6 +63,8 @@ def _interrupt(*_: object) -> None:
 
 def _watched(tally: Tally, folder: Path, kinds: Sequence[StoreKind], seconds_s: float) -> None:
     with witness(folder / "oracle.log") as oracle, hosts() as cluster, Stores(folder) as stores:
+        # Ray has set its own, which ends this process at once and leaves all others.
+        signal.signal(signal.SIGTERM, _interrupt)
         try:
             play(cluster, oracle, tally, folder, stores, plans(tally.seed, kinds), seconds_s)
         finally:

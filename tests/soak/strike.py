@@ -12,8 +12,8 @@ from pathlib import Path
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
-from ray_ckpt.agent.find import agent_name
-from ray_ckpt.coordinator.find import NAMESPACE, coordinator_name
+from ray_ckpt.coordinator import NAMESPACE, agent_name
+from ray_ckpt.coordinator.names import coordinator_name
 from tests.soak.hosts import Host
 from tests.system.waiting import pause
 
