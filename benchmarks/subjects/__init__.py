@@ -8,6 +8,7 @@ from benchmarks.subjects.base import Subject
 
 SUBJECTS = {
     "ours": "ours:Ours",
+    "ours-memory": "ours:OursMemory",
     "ours-load": "ours:OursLoad",
     "ours-jax": "ours:OursJax",
     "tf": "tf:TfSync",

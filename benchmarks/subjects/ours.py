@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib
+import logging
 import os
 import shutil
 import tempfile
@@ -59,6 +61,10 @@ class Ours(Subject):
         ray.shutdown()
         cls._cluster.shutdown()
         shutil.rmtree(cls._ray_folder, ignore_errors=True)
+        cls._forget()
+
+    @classmethod
+    def _forget(cls) -> None:
         run = run_id(cls._url)
         for folder in default_folder(run).parent.glob(f"{run}*"):
             shutil.rmtree(folder, ignore_errors=True)
@@ -120,6 +126,41 @@ class Ours(Subject):
 
     def close(self) -> None:
         self._ckpt.close()
+        ray.shutdown()
+
+
+class OursMemory(Ours):
+    """Restored from what the killed job, and its whole Ray cluster, left in the memory of the hosts."""
+
+    name: ClassVar[str] = "ray_ckpt, from host memory"
+    cases: ClassVar[tuple[str, ...]] = ("big", "small", "hosts", "quick")
+
+    @classmethod
+    def prepare(cls, case: Case, directory: str) -> dict[str, Any]:
+        atexit.register(super()._forget)
+        return super().prepare(case, directory)
+
+    @classmethod
+    def _forget(cls) -> None:
+        """Not between the phases: the next one restores from it."""
+
+    def open_restore(self, step: int) -> None:
+        self._told: list[str] = []
+        handler = logging.Handler(logging.INFO)
+        handler.emit = lambda record: self._told.append(record.getMessage())  # type: ignore[method-assign]
+        logging.getLogger("ray_ckpt").addHandler(handler)
+        logging.getLogger("ray_ckpt").setLevel(logging.INFO)
+        super().open_restore(step)
+
+    def restore(self) -> Mapping[str, Any]:
+        self._told.clear()
+        restored = super().restore()
+        if not any("read from the memory of" in text for text in self._told):
+            raise RuntimeError(f"not read from host memory: {self._told}")
+        return restored
+
+    def close(self) -> None:
+        self._ckpt.leave()
         ray.shutdown()
 
 

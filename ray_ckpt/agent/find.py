@@ -13,7 +13,7 @@ from ray_ckpt.coordinator import NAMESPACE, agent_name
 from ray_ckpt.storage import locate
 
 LEASE_S = 10.0
-RECOVER_S = 900.0
+RECOVER_S = 300.0
 """So long agents wait for the next start of a job that has not come to its end."""
 
 

@@ -31,7 +31,7 @@ class Timeouts:
     save_s: float = 1800.0
     settle_s: float = 120.0
     host_s: float = 30.0
-    recover_s: float = 900.0
+    recover_s: float = 300.0
 
 
 START_VARIABLE = "RAY_CKPT_START"

@@ -20,7 +20,7 @@ from ray_ckpt.coordinator.find import NAMESPACE, coordinator_name
 from tests.system.waiting import eventually
 from tests.system.worker import Worker
 
-QUICK = Timeouts(start_s=60.0, save_s=60.0, settle_s=20.0, host_s=20.0)
+QUICK = Timeouts(start_s=60.0, save_s=60.0, settle_s=20.0, host_s=20.0, recover_s=5.0)
 _CALL_S = 120.0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,12 +15,15 @@ import ray_ckpt
 from ray_ckpt import PerWorker
 from ray_ckpt.snapshot import SegmentState
 from tests.system import states
-from tests.system.job import Job, get
+from tests.system.job import QUICK, Job, get
 from tests.system.processes import segment_folder, segment_states
 from tests.system.waiting import eventually
 from tests.system.worker import Worker
 
 pytestmark = pytest.mark.xdist_group("ray")
+
+PATIENT = replace(QUICK, recover_s=60.0)
+"""A loaded machine takes its time to start a job again."""
 
 
 def start(job: Job, world: int) -> Job:
@@ -60,26 +64,26 @@ def expect(job: Job, step: int) -> None:
 
 
 def test_a_restart_reads_what_was_committed_from_memory(make_job: Callable[..., Job]) -> None:
-    job = start(make_job(save_steps=4), 2)
+    job = start(make_job(timeouts=PATIENT, save_steps=4), 2)
     job.all("train", 1, 9)
     job.until_committed(8)
     kill_all(job)
     for path in job.path.glob("model.ckpt-8.*"):
         # Whoever reads a byte of it there finds that out.
         path.write_bytes(b"")
-    again = make_job(save_steps=4).start(2)
+    again = make_job(timeouts=PATIENT, save_steps=4).start(2)
     assert again.all("restore") == [8, 8]
     expect(again, 8)
     assert len(said(again, "step 8 read from the memory of 2 hosts")) == 2
 
 
 def test_a_newer_step_than_the_store_has(make_job: Callable[..., Job]) -> None:
-    job = start(make_job(save_steps=10_000, memory_steps=3), 2)
+    job = start(make_job(timeouts=PATIENT, save_steps=10_000, memory_steps=3), 2)
     job.all("do", until_planned)
     job.all("train", 1, 7)
     until_in_memory(job, 6)
     kill_all(job)
-    again = make_job(save_steps=10_000, memory_steps=3).start(2)
+    again = make_job(timeouts=PATIENT, save_steps=10_000, memory_steps=3).start(2)
     assert again.all("restore") == [6, 6]
     expect(again, 6)
     assert ray_ckpt.checkpoints(again.url) == []
@@ -89,19 +93,19 @@ def test_a_newer_step_than_the_store_has(make_job: Callable[..., Job]) -> None:
 
 
 def test_a_loop_with_no_step_left_still_saves_what_only_memory_held(make_job: Callable[..., Job]) -> None:
-    job = start(make_job(memory_steps=3), 2)
+    job = start(make_job(timeouts=PATIENT, memory_steps=3), 2)
     job.all("do", until_planned)
     job.all("train", 1, 6)
     until_in_memory(job, 6)
     kill_all(job)
-    again = make_job(memory_steps=3).start(2)
+    again = make_job(timeouts=PATIENT, memory_steps=3).start(2)
     assert again.all("restore") == [6, 6]
     again.all("call", "close")
     assert again.steps() == [6]
 
 
 def test_other_numbers_of_hosts_restore_from_memory(make_job: Callable[..., Job]) -> None:
-    job = make_job(save_steps=4).start(3)
+    job = make_job(timeouts=PATIENT, save_steps=4).start(3)
     job.all("restore", states.mixed)
     job.all("train", 1, 4, states.mixed)
     job.until_committed(4)
@@ -109,7 +113,7 @@ def test_other_numbers_of_hosts_restore_from_memory(make_job: Callable[..., Job]
     for path in job.path.glob("model.ckpt-4.data*"):
         path.write_bytes(b"")
     for world in (2, 4):
-        again = make_job(save_steps=4).start(world)
+        again = make_job(timeouts=PATIENT, save_steps=4).start(world)
         assert again.all("restore", states.mixed) == [4] * world
         for rank, found in enumerate(again.all("get", "state")):
             # Of the generators' states, one for each worker, all get the first here.
@@ -119,7 +123,7 @@ def test_other_numbers_of_hosts_restore_from_memory(make_job: Callable[..., Job]
 
 
 def test_a_clean_end_gives_the_memory_back(make_job: Callable[..., Job]) -> None:
-    job = start(make_job(save_steps=4), 1)
+    job = start(make_job(timeouts=PATIENT, save_steps=4), 1)
     job.all("train", 1, 9)
     eventually(lambda: SegmentState.KEPT in segment_states(job, 0), "a snapshot kept")
     job.all("call", "close")
@@ -127,7 +131,7 @@ def test_a_clean_end_gives_the_memory_back(make_job: Callable[..., Job]) -> None
 
 
 def test_what_cannot_be_read_in_memory_is_read_in_the_store(make_job: Callable[..., Job]) -> None:
-    job = start(make_job(save_steps=4), 2)
+    job = start(make_job(timeouts=PATIENT, save_steps=4), 2)
     job.all("train", 1, 5)
     job.until_committed(4)
     agent = job.agent(1)
@@ -136,13 +140,13 @@ def test_what_cannot_be_read_in_memory_is_read_in_the_store(make_job: Callable[.
     job.kill_actor(agent)
     for path in folder.glob("*.segment"):
         path.unlink()
-    again = make_job(save_steps=4).start(2)
+    again = make_job(timeouts=PATIENT, save_steps=4).start(2)
     assert again.all("restore") == [4, 4]
     expect(again, 4)
 
 
 def test_memory_only_snapshots_are_lost_with_their_host(make_job: Callable[..., Job]) -> None:
-    job = start(make_job(save_steps=4, memory_steps=1), 2)
+    job = start(make_job(timeouts=PATIENT, save_steps=4, memory_steps=1), 2)
     job.all("do", until_planned)
     job.all("train", 1, 6)
     job.until_committed(4)
@@ -152,6 +156,6 @@ def test_memory_only_snapshots_are_lost_with_their_host(make_job: Callable[..., 
     for path in folder.glob("*.segment"):
         path.unlink()
     os.kill(get(agent.pid.remote()), signal.SIGKILL)
-    again = make_job(save_steps=4, memory_steps=1).start(2)
+    again = make_job(timeouts=PATIENT, save_steps=4, memory_steps=1).start(2)
     assert again.all("restore") == [4, 4]
     expect(again, 4)

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,12 +18,15 @@ from ray_ckpt import PerWorker
 from ray_ckpt.agent import find_or_start_agent
 from ray_ckpt.protocol.messages import RunStatus
 from tests.system import states
-from tests.system.job import Crew, Job, get
+from tests.system.job import QUICK, Crew, Job, get
 from tests.system.processes import segment_folder
 from tests.system.waiting import eventually
 from tests.system.worker import Worker
 
 pytestmark = pytest.mark.xdist_group("ray")
+
+PATIENT = replace(QUICK, recover_s=60.0)
+"""A loaded machine takes its time to start a job again."""
 
 _STORE_NBYTES = 80_000_000
 
@@ -85,7 +89,7 @@ def status(job: Job) -> RunStatus:
 def test_a_lost_host_s_snapshot_is_restored_from_its_peer(
     make_job: Callable[..., Job], doomed: Doomed, politely: bool
 ) -> None:
-    job = make_job(memory_steps=3, replicas=1).start(3, hosts=[0, 1, doomed.index])
+    job = make_job(timeouts=PATIENT, memory_steps=3, replicas=1).start(3, hosts=[0, 1, doomed.index])
     job.all("restore", states.mixed)
     job.all("do", until_planned)
     job.all("train", 1, 6, states.mixed)
@@ -94,7 +98,7 @@ def test_a_lost_host_s_snapshot_is_restored_from_its_peer(
     job.kill(0)
     job.kill(1)
     job.end()
-    again = make_job(memory_steps=3, replicas=1).start(2, hosts=[0, 1])
+    again = make_job(timeouts=PATIENT, memory_steps=3, replicas=1).start(2, hosts=[0, 1])
     assert again.all("restore", states.mixed) == [6, 6]
     assert ray_ckpt.checkpoints(again.url) == []
     for rank, found in enumerate(again.all("get", "state")):
@@ -106,7 +110,7 @@ def test_a_lost_host_s_snapshot_is_restored_from_its_peer(
 def test_a_lost_host_s_shards_are_written_by_its_peer(
     make_job: Callable[..., Job], doomed: Doomed, politely: bool
 ) -> None:
-    job = make_job(save_steps=4, replicas=1)
+    job = make_job(timeouts=PATIENT, save_steps=4, replicas=1)
     # Its own writers never begin.
     find_or_start_agent(job.url, {}, node_id=doomed.id, max_writes=0)
     job.start(3, hosts=[0, 1, doomed.index])
