@@ -38,6 +38,8 @@ _LOOK_S = 2.0
 _NOTICE_S = 2.0
 _DEBOUNCE_S = 0.005
 _ROOM_S = 60.0
+_REPLICA_S = 120.0
+"""Memory for copies of which the next does not come for so long is given back."""
 _WRITE_S = 60.0
 _SLOWEST = 1e6
 """Bytes a second: a writer that is slower hangs."""
@@ -267,18 +269,19 @@ class Agent:
         segment = action.segment
         rates = [w.config.replica_bytes_per_s for w in self._logic.workers.values() if w.rank == segment.rank]
         rate = rates[0] if rates else None
-        nbytes = self._memory_now.nbytes(segment.name)
+        nbytes, whole = self._memory_now.nbytes(segment.name), False
         try:
             peer = find_agent(self._url, action.peer)
             await asyncio.wait_for(
                 peer.mirror.remote(self._node_id, segment, rate), _WRITE_S + nbytes / min(rate or _SLOWEST, _SLOWEST)
             )
+            whole = True
         except (RayError, RayCkptError, asyncio.TimeoutError) as error:
             cause = getattr(error, "cause", None) or error
             logger.warning(
                 "step %d of rank %d has no replica on host %s: %r", segment.step, segment.rank, action.peer, cause
             )
-        self._logic.on_mirrored(segment)
+        self._logic.on_mirrored(segment, whole=whole)
         self._look()
 
     async def _write(self, start: StartWrite) -> None:
@@ -387,6 +390,7 @@ class Agent:
         """Notice what nobody has told of, and the end of the run."""
         await asyncio.sleep(_LOOK_S)
         self._look_around()
+        await asyncio.to_thread(self._memory_now.give_up_replicas, time.time() - _REPLICA_S)
         self._end_if_idle()
 
     async def _heed_notices(self) -> None:

@@ -41,15 +41,19 @@ Digests = tuple[tuple[str, int], ...]
 
 
 class HostMemory:
-    """All segments of one host. Thread safe."""
+    """All segments of one host, those left in other folders of the ``run`` too. Thread safe."""
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, run: str | None = None) -> None:
         self.folder = Path(folder)
         self._lock = threading.Lock()
         self._making = threading.Lock()
         self._segments: dict[str, Segment] = {}
         self._digests: dict[str, tuple[Segment, int, Digests]] = {}
         self._owner = lock(self.folder / OWNER)
+        if run is not None:
+            for other in sorted(self.folder.parent.glob(f"{run}-*")):
+                if other != self.folder:
+                    adopt(other, self.folder)
         for path in sorted(self.folder.glob("*" + SUFFIX)):
             # What an agent before this one has made.
             with contextlib.suppress(StorageError):
@@ -64,10 +68,7 @@ class HostMemory:
         else:
             own = Path(folder) / name
             own.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for other in sorted(own.parent.glob(f"{run}-*")):
-            if other != own:
-                adopt(other, own)
-        return cls(own)
+        return cls(own, run)
 
     def sweep(self) -> None:
         """Remove what other runs left behind that were killed, or whose cluster ended first: it fills the host."""
@@ -126,6 +127,14 @@ class HostMemory:
                 if closed and segment.state is SegmentState.KEPT:
                     segment.release()
                 if segment.state is SegmentState.EMPTY:
+                    self._give_up_unused(name)
+
+    def give_up_replicas(self, since: float) -> None:
+        """Remove the memory for copies that none has been made in since then (seconds since the epoch)."""
+        with self._making, self._lock:
+            for name, segment in list(self._segments.items()):
+                unused = is_replica(name) and segment.state is SegmentState.EMPTY
+                if unused and segment.path.stat().st_mtime < since:
                     self._give_up_unused(name)
 
     def give_up_kept(self) -> bool:
@@ -229,12 +238,16 @@ class HostMemory:
             return self._segments[name].next_try(writer, epoch)
 
     def free(self, info: SegmentInfo, living: Collection[int]) -> None:
-        """This snapshot is not needed any more; nor is the memory, where its rank is not ``living`` on this host."""
+        """This snapshot is not needed any more; nor is the memory, where its rank is not ``living`` on this host.
+
+        Of copies, the next one comes soon, or see `give_up_replicas`.
+        """
         with self._lock:
             segment = self._segments.get(info.name)
             if segment is not None:
                 segment.release(info.fills)
-                if segment.state is SegmentState.EMPTY and (info.replica or info.rank not in living):
+                unused = not is_replica(info.name) and info.rank not in living
+                if segment.state is SegmentState.EMPTY and unused:
                     self._give_up_unused(info.name)
 
     def keep(self, info: SegmentInfo) -> None:
@@ -290,6 +303,8 @@ class HostMemory:
             fitting = [s for s in mine.values() if s.data_nbytes >= nbytes]
             empty = next((s for s in fitting if s.state is SegmentState.EMPTY), None)
             if empty is not None:
+                # Not given up as unused before it is filled.
+                os.utime(empty.path)
                 return empty
             if len(mine) >= _REPLICAS:
                 kept = [s for s in mine.values() if s.state is SegmentState.KEPT]

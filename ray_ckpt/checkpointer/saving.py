@@ -79,7 +79,9 @@ class Saver:
         try:
             layout, values = self._layouts.of(self._leaves_of(state))
             plan = self._link.logic.plan_ready if layout.fingerprint == self._fingerprint else None
-            segment = None if plan is None else self.slots.free(needed_nbytes(plan, layout, values))
+            # With copies, one is not given up that has its copies for one that has none yet.
+            loose = self._link.logic.loose if self._config.replicas else None
+            segment = None if plan is None else self.slots.free(needed_nbytes(plan, layout, values), loose)
             if plan is None or segment is None:
                 self._miss(step, "no plan is made for it" if plan is None else "all memory is in use")
                 return

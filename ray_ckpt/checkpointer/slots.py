@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from ray_ckpt.errors import RayCkptError
 from ray_ckpt.snapshot import Segment, SegmentState
@@ -58,20 +58,21 @@ class Slots:
                 segment.close()
         self._changed()
 
-    def free(self, nbytes: int) -> Segment | None:
+    def free(self, nbytes: int, loose: Collection[tuple[int, int]] | None = None) -> Segment | None:
         """A segment of at least this size that nobody needs, None if there is none now.
 
-        An empty one, else the one whose snapshot, kept only for a restart, is the oldest.
+        An empty one, else the one whose snapshot, kept only for a restart, is the oldest; with ``loose`` only of those
+        (generation, step).
         """
         with self._lock:
             large = [segment for segment in self._segments.values() if segment.data_nbytes >= nbytes]
-            kept = []
-            for segment in large:
-                state = segment.state
-                if state is SegmentState.EMPTY:
-                    return segment
-                if state is SegmentState.KEPT:
-                    kept.append(segment)
+        kept = []
+        for segment in large:
+            state = segment.state
+            if state is SegmentState.EMPTY:
+                return segment
+            if state is SegmentState.KEPT and (loose is None or _save_of(segment) in loose):
+                kept.append(segment)
         return min(kept, key=lambda segment: segment.sealed_at, default=None)
 
     @property
@@ -90,3 +91,8 @@ class Slots:
             for segment in self._segments.values():
                 segment.close()
             self._segments = {}
+
+
+def _save_of(segment: Segment) -> tuple[int, int] | None:
+    save = segment.save
+    return None if save is None else (save.generation, save.step)

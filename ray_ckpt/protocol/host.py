@@ -85,7 +85,7 @@ class HostLogic:
         self._writing: set[tuple[str, int]] = set()
         self._freeing: set[str] = set()
         self._mirroring: str | None = None
-        self._mirrored: set[tuple[str, int]] = set()
+        self._mirrored: dict[tuple[str, int], bool] = {}
         self._shards: dict[tuple[str, int], ShardReport] = {}
         self._failures: dict[tuple[str, int], WriteFailure] = {}
         self._sequence = 0
@@ -120,7 +120,7 @@ class HostLogic:
         self._news |= _contents(found) != _contents(self._segments)
         self._segments = found
         self._freeing &= self._segments.keys()
-        self._mirrored &= _contents(found)
+        self._mirrored = {k: whole for k, whole in self._mirrored.items() if k in _contents(found)}
         self._layouts.update(layouts or {})
 
     def on_view(self, view: HostView) -> None:
@@ -151,10 +151,10 @@ class HostLogic:
         self._freeing.discard(name)
         self._segments.pop(name, None)
 
-    def on_mirrored(self, segment: SegmentInfo) -> None:
+    def on_mirrored(self, segment: SegmentInfo, *, whole: bool) -> None:
         """The peer has its copy of this snapshot, or will not have one."""
         self._mirroring = None
-        self._mirrored.add((segment.name, segment.fills))
+        self._mirrored[segment.name, segment.fills] = whole
 
     # -- what to do, what to say --------------------------------------------------------------------
 
@@ -187,8 +187,10 @@ class HostLogic:
         """Whether a copy of it is to be made, or being made: nobody must overwrite it until then."""
         if segment.name == self._mirroring:
             return True
-        known = (segment.name, segment.fills) in self._mirrored
-        return bool(view.peer) and not segment.replica and not known and segment is self._newest_of(segment.rank)
+        if not view.peer or segment.replica or (segment.name, segment.fills) in self._mirrored:
+            return False
+        # One that is being saved too: with its host, the save would be lost.
+        return segment is self._newest_of(segment.rank) or not self._settled(segment, view)
 
     def _newest_of(self, rank: int) -> SegmentInfo | None:
         own = [s for s in self._segments.values() if s.rank == rank and not s.replica]
@@ -256,7 +258,14 @@ class HostLogic:
             return None
         report = self.workers.get(worker)
         held = report.fingerprint if report and report.fingerprint in self._layouts else None
-        return self.view.epoch, self.view.version, replace(view, fingerprint=held, poll_s=self.view.poll_s)
+        loose = tuple(s.save for s in self._segments.values() if self._is_loose(s, self.view))
+        view = replace(view, fingerprint=held, poll_s=self.view.poll_s, loose=loose)
+        return self.view.epoch, self.view.version, view
+
+    def _is_loose(self, segment: SegmentInfo, view: HostView) -> bool:
+        """Whether no restart counts on it: a newer one is safe, or this one will not be safer than it is."""
+        mirrored = self._mirrored.get((segment.name, segment.fills))
+        return not view.peer or segment.save < view.kept_from or mirrored is False
 
     @property
     def news(self) -> bool:

@@ -238,7 +238,8 @@ class WorkerView:
     ``refused``: this process belongs to a start of the job that is over, or cannot join; the reason.
     ``error``: the job cannot go on as it is (raised by the next call); ``late``: whom the coordinator waits for.
     ``plan`` was made for the layout ``plan_fingerprint``; ``fingerprint`` is the layout that has arrived. ``poll_s``:
-    how long the worker leaves its question for the next view open.
+    how long the worker leaves its question for the next view open. ``loose``: saves whose snapshots lie here and that
+    no restart counts on.
     """
 
     worker: str
@@ -256,6 +257,7 @@ class WorkerView:
     requests: tuple[tuple[str, SaveOutcome], ...] = ()
     late: str = ""
     poll_s: float = 1.0
+    loose: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

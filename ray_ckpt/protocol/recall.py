@@ -22,12 +22,15 @@ class Snapshot:
     parts: dict[int, dict[str, SegmentInfo]] = field(default_factory=dict)
 
     @property
-    def whole(self) -> bool:
-        """Every rank's part is there, all were divided by one plan, and no replica is known to differ."""
+    def complete(self) -> bool:
+        """Every rank's part is there, and all were divided by one plan."""
         some = [next(iter(held.values())) for held in self.parts.values()]
-        if len({(s.plan_id, s.world_size) for s in some}) != 1 or len(some) != some[0].world_size:
-            return False
-        return replica_mismatch({s.rank: s for s in some}) is None
+        return len({(s.plan_id, s.world_size) for s in some}) == 1 and len(some) == some[0].world_size
+
+    @property
+    def agrees(self) -> bool:
+        """No array that several ranks hold is known to differ."""
+        return replica_mismatch({rank: next(iter(held.values())) for rank, held in self.parts.items()}) is None
 
     @property
     def doubled(self) -> bool:
@@ -50,6 +53,7 @@ class Recall:
         self._roster = roster
         self._seen = -1
         self._snapshots: dict[Save, Snapshot] = {}
+        self._agree: dict[Save, bool] = {}
 
     @property
     def whole(self) -> dict[Save, Snapshot]:
@@ -61,7 +65,10 @@ class Recall:
                 there = {host: info for host, info in held.items() if not self._roster.lost(host)}
                 if there:
                     found.setdefault(save, Snapshot()).parts[rank] = there
-            self._snapshots = {save: s for save, s in found.items() if s.whole}
+            complete = {save: s for save, s in found.items() if s.complete}
+            # Once a save: it takes long with many ranks, and what was taken does not change.
+            self._agree = {s: self._agree[s] if s in self._agree else complete[s].agrees for s in complete}
+            self._snapshots = {save: s for save, s in complete.items() if self._agree[save]}
         return self._snapshots
 
     def holders(self, save: Save | None) -> Holders:

@@ -39,6 +39,9 @@ def adds_to(view: HostView, known: HostView) -> bool:
     """
     if _common_part(view) != _common_part(known) or not set(view.decided) <= set(known.decided):
         return True
+    if view.peer and view.kept_from != known.kept_from:
+        # The next snapshots wait for the memory.
+        return True
     orders = {(order.attempt, order.replicas) for order in known.orders}
     if any((order.attempt, order.replicas) not in orders for order in view.orders):
         return True
@@ -149,7 +152,9 @@ class Views:
         """The oldest snapshot that a restart may still need. While one is under way: all."""
         if self._generations.forming is not None or not self._generations.started:
             return (0, 0)
-        return self._recall.newest or (0, 0)
+        # With copies, the newest that any host may be lost of: the next one's are still being made.
+        newest = self._recall.newest_doubled if self._peers else self._recall.newest
+        return newest or (0, 0)
 
     def _find_common(self, forming: Forming | None) -> tuple[Any, ...]:
         """All that views are made of beside the host's own report, as far as it is worth an answer at once."""
@@ -164,6 +169,7 @@ class Views:
             tuple(cut.request_outcomes)[-1:],
             (tuple(saves.active), tuple(save.order for save in self._writing), tuple(saves.outcomes)[-1:]),
             (tuple(tuple(save.taken_over.items()) for save in self._writing), tuple(self._peers.items())),
+            self._kept_from if self._peers else None,
             (self._poll_s, cut.watching),
         )
 

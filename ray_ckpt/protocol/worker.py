@@ -57,6 +57,7 @@ class WorkerLogic:
         self.refused: str | None = None
         self.error: Problem | None = None
         self.late = ""
+        self.loose: frozenset[tuple[int, int]] = frozenset()
         self.restore: RestoreDecision | None = None
         self.restore_done = False
         self.restored_step: int | None = None
@@ -258,6 +259,7 @@ class WorkerLogic:
         self.refused = self.refused or view.refused
         self.error = view.error
         self.late = view.late
+        self.loose = frozenset(view.loose)
         self._acknowledged = view.fingerprint
         if not self.restore_done:
             self._on_start(view)

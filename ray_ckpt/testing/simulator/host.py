@@ -106,7 +106,7 @@ class Agent(Process):
             elif isinstance(action, Keep):
                 self._keep(action)
             elif isinstance(action, Mirror):
-                self.logic.on_mirrored(action.segment)
+                self.logic.on_mirrored(action.segment, whole=False)
             else:
                 self._write(action)
         self._report()
