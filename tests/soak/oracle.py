@@ -183,4 +183,7 @@ def judge_restores(told: Sequence[Restored], newest_before: int, model: Model) -
         expected = digest(model.state(one.rank, one.world, max(one.step, 0)))
         if one.digest != expected:
             wrong.append(f"rank {one.rank} of {one.world} restored other bytes for step {one.step} than were trained")
+        # A job of another size takes what rank 0 had.
+        if one.own not in ([int(n) for n in model.rng(rank, max(one.step, 0))] for rank in (one.rank, 0)):
+            wrong.append(f"rank {one.rank} of {one.world} restored {one.own} for step {one.step} as its own")
     return wrong

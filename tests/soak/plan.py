@@ -81,7 +81,7 @@ def plans(
 
 
 def _settings(rng: Random) -> dict[str, Any]:
-    save_steps = rng.choice((6, 10, 15))
+    save_steps = rng.choice((4, 8, 12))
     return {
         "save_steps": save_steps,
         "max_to_keep": rng.choice((2, 4, 8)),
@@ -107,7 +107,7 @@ def _event(rng: Random, kind: Kind) -> Event:
     return Event(
         kind=kind,
         wait=rng.choices(("commit", "restore", "nothing"), (6, 1, 1))[0],
-        after_s=rng.uniform(0.0, 1.5),
+        after_s=rng.uniform(0.0, 3.0),
         choice=rng.randrange(2**16),
         world=rng.choice(WORLDS),
         lasts_s=rng.uniform(2.0, 8.0),

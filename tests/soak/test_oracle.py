@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -183,17 +184,23 @@ def test_the_end_is_the_last_step_and_named(run: HandMade) -> None:
 def told(step: int, of: int | None = None) -> list[Restored]:
     """Ranks that restored ``step``, with the bytes of step ``of``."""
     states = [MODEL.state(rank, WORLD, step if of is None else of) for rank in range(WORLD)]
-    return [Restored(rank, WORLD, step, digest(state), 0.0, "") for rank, state in enumerate(states)]
+    return [
+        Restored(rank, WORLD, step, digest(state), state["rng"].value.tolist(), 0.0, "")
+        for rank, state in enumerate(states)
+    ]
 
 
 def test_restores_are_judged() -> None:
     assert judge_restores(told(6), 6, MODEL) == []
     assert judge_restores(told(8), 6, MODEL) == []
-    assert judge_restores([Restored(0, 1, -1, digest(MODEL.state(0, 1, 0)), 0.0, "")], -1, MODEL) == []
+    assert judge_restores([Restored(0, 1, -1, digest(MODEL.state(0, 1, 0)), [0, 0, 7], 0.0, "")], -1, MODEL) == []
     assert judge_restores(told(5), 6, MODEL) == ["step 5 was restored, but step 6 had been committed before"]
     (other,) = judge_restores([told(6)[0], told(7)[1]], 6, MODEL)
     assert "different steps" in other
-    assert [("other bytes" in text) for text in judge_restores(told(6, of=7), 6, MODEL)] == [True, True]
+    other_bytes = [replace(a, digest=b.digest) for a, b in zip(told(6), told(7), strict=True)]
+    assert ["other bytes" in text for text in judge_restores(other_bytes, 6, MODEL)] == [True, True]
+    (own,) = judge_restores([told(6)[0], replace(told(6)[1], own=[1, 5, 7])], 6, MODEL)
+    assert own == "rank 1 of 2 restored [1, 5, 7] for step 6 as its own"
 
 
 def test_training_in_place_is_what_the_outsider_computes() -> None:

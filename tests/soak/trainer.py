@@ -46,13 +46,14 @@ class Order:
 class Restored:
     """How one rank began: the step (-1: nothing was there) and the digest of the state that `restore` returned.
 
-    ``source``: where it was read from, for people.
+    ``own``: what a rank has for itself, which the digest leaves out. ``source``: where it was read from, for people.
     """
 
     rank: int
     world: int
     step: int
     digest: str
+    own: list[int]
     seconds_s: float
     source: str
 
@@ -129,7 +130,8 @@ class Trainer:
         state: dict[str, Any] = ckpt.restore(order.model.state(rank, order.world, 0))
         seconds = time.monotonic() - began
         step = -1 if ckpt.restored_step is None else ckpt.restored_step
-        told = Restored(rank, order.world, step, digest(state), seconds, self._source(step))
+        own = [int(number) for number in state["rng"].value]
+        told = Restored(rank, order.world, step, digest(state), own, seconds, self._source(step))
         unfinished = order.journal(rank).with_suffix(".tmp")
         unfinished.write_text(json.dumps(asdict(told)))
         unfinished.rename(order.journal(rank))
