@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from urllib.parse import quote, unquote
 
 from ray_ckpt import strict_json
-from ray_ckpt.errors import DamagedError, ObjectMissingError, StorageError
+from ray_ckpt.errors import DamagedError, ObjectMissingError, StorageError, UnavailableError
 from ray_ckpt.log.codec import decode_claim, encode_claim, inside
 from ray_ckpt.storage import ObjectInfo, Store
 from ray_ckpt.storage.base import checked_path
@@ -20,6 +20,7 @@ from ray_ckpt.types import PRIVATE_DIR, Claim
 CLAIMS = f"{PRIVATE_DIR}/claims"
 PINS = f"{PRIVATE_DIR}/pins"
 PIN_LIFETIME_S = 3600.0
+_ROUNDS = 100
 
 logger = logging.getLogger(__name__)
 
@@ -27,15 +28,19 @@ logger = logging.getLogger(__name__)
 def put_claim(store: Store, claim: Claim) -> Claim | None:
     """Claim a prefix. None: it is this claim's now, or was already; else the claim that was there.
 
-    Raises `UsageError` for a prefix outside of the directory, `StorageError`, `DamagedError`.
+    Raises `UsageError` for a prefix outside of the directory, `StorageError`, `DamagedError`, `UnavailableError`.
     """
     path = _claim_path(claim.prefix)
-    while not store.put_if_absent(path, encode_claim(claim)):
+    for _ in range(_ROUNDS):
+        if store.put_if_absent(path, encode_claim(claim)):
+            return None
         try:
             return decode_claim(store.read(path), f"{store.url}/{path}")
         except ObjectMissingError:
             continue  # deleted in between: try again
-    return None
+    raise UnavailableError(
+        f"{store.url}/{path} can neither be created nor read, {_ROUNDS} times: is it a link to nowhere?"
+    )
 
 
 def list_claims(store: Store) -> list[Claim]:

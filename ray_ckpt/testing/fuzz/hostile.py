@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -112,7 +113,7 @@ def mutate_json(rng: Random, value: Any) -> Any:
         parent, key = rng.choice(slots)
         kind = rng.randrange(8)
         if kind < 4:
-            parent[key] = rng.choice(_VALUES)
+            parent[key] = copy.deepcopy(rng.choice(_VALUES))
         elif kind == 4 and parent is not box:
             del parent[key]
         elif kind == 5:
