@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
+from urllib.parse import quote
 
 from ray_ckpt.errors import ObjectMissingError, RayCkptError, StorageError
 from ray_ckpt.storage.retry import GaveUpError, is_transient
@@ -21,18 +22,30 @@ _REMEDIES = {
     errno.EISDIR: "this path is a directory, an object was expected: choose another directory",
     errno.ENAMETOOLONG: "the path is too long: choose a shorter directory",
 }
-_SECRET_KEY = re.compile(r"secret|token|passw|key|credential|sas|auth", re.IGNORECASE)
-_USERINFO = re.compile(r"(?<=://)[^/@\s]+:[^/@\s]+@")
-_SIGNATURE = re.compile(r"(?i)([?&](?:x-amz-[a-z-]+|x-goog-[a-z-]+|sig|signature|access_token)=)[^&\s'\"]+")
+_SECRET_KEY = re.compile(r"secret|token|passw|pwd|key|credential|sas|sig|auth|connection_string|cert", re.IGNORECASE)
+_USERINFO = re.compile(r"(?<=://)[^/@\s]+@(?=[\w.\[])")
+_SIGNED = r"x-amz-[a-z-]+|x-goog-[a-z-]+|sig|signature|access_token|token|awsaccesskeyid"
+_SIGNATURE = re.compile(rf"(?i)([?&](?:{_SIGNED})=)[^&\s'\"]+")
 
 
 def secrets_in(options: Mapping[str, Any]) -> Iterator[str]:
     """The strings among these storage options that must not be shown."""
     for key, value in options.items():
         if isinstance(value, Mapping):
-            yield from (str(v) for v in value.values()) if _SECRET_KEY.search(key) else secrets_in(value)
-        elif isinstance(value, str) and len(value) > 3 and _SECRET_KEY.search(key):
-            yield value
+            yield from _texts(value.values()) if _SECRET_KEY.search(key) else secrets_in(value)
+        elif isinstance(value, list | tuple):
+            for item in value:
+                yield from secrets_in({key: item})
+        elif _SECRET_KEY.search(key):
+            yield from _texts([value])
+
+
+def _texts(values: Iterable[Any]) -> Iterator[str]:
+    """Each as it may appear in a text: as it is, and as in a URL."""
+    for value in values:
+        text = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+        if isinstance(text, str) and len(text) > 3:
+            yield from {text, quote(text, safe=""), quote(text)}
 
 
 def redacted(text: str, options: Mapping[str, Any]) -> str:

@@ -128,6 +128,8 @@ def test_a_pickled_store_keeps_everything() -> None:
 
 
 OPTIONS = {"key": "AKIAEXAMPLE", "client_kwargs": {"aws_session_token": "tokentoken"}, "project": "shown"}
+OPTIONS |= {"secret": "slash/and+plus", "connection_string": "AccountName=a;AccountKey=bbbb=="}
+OPTIONS |= {"credential": [b"bytesbytes", {"x": "unnamed", "private_key": "cccc"}]}
 
 
 @pytest.mark.parametrize(
@@ -137,6 +139,10 @@ OPTIONS = {"key": "AKIAEXAMPLE", "client_kwargs": {"aws_session_token": "tokento
         ("header tokentoken", "header ***"),
         ("http://user:pw@host/x?y=1", "http://***@host/x?y=1"),
         ("GET /x?X-Amz-Signature=abc&y=1", "GET /x?X-Amz-Signature=***&y=1"),
+        ("https://x.blob/y?sv=1&sig=ab%3D&se=2", "https://x.blob/y?sv=1&sig=***&se=2"),
+        ("https://ghp_token@host/x, gs://bucket/a@b", "https://***@host/x, gs://bucket/a@b"),
+        ("with slash%2Fand%2Bplus or slash/and+plus", "with *** or ***"),
+        ("AccountName=a;AccountKey=bbbb== and bytesbytes and cccc", "*** and *** and ***"),
         ("nothing here", "nothing here"),
     ],
 )
