@@ -13,7 +13,6 @@ import ray
 
 from ray_ckpt import log, train
 from ray_ckpt.checkpointer import restoring, sigterm
-from ray_ckpt.checkpointer.ahead import Build, Read
 from ray_ckpt.checkpointer.deciding import Decisions, resolve
 from ray_ckpt.checkpointer.link import Home, Link
 from ray_ckpt.checkpointer.saving import Saver
@@ -22,14 +21,14 @@ from ray_ckpt.checkpointer.settings import (
     Timeouts,
     check_local,
     check_place,
-    checked,
+    configured,
     ensure_ray,
     where,
     who_am_i,
     whole_step,
 )
 from ray_ckpt.coordinator import find, run_id
-from ray_ckpt.errors import NoCheckpointError, SaveError, UnavailableError, UsageError
+from ray_ckpt.errors import SaveError, UnavailableError, UsageError
 from ray_ckpt.protocol.messages import (
     BASENAME,
     JobConfig,
@@ -38,10 +37,9 @@ from ray_ckpt.protocol.messages import (
     RunStatus,
     SaveOutcome,
 )
-from ray_ckpt.restore import StoredCheckpoint
 from ray_ckpt.storage import open_store
-from ray_ckpt.target import Rename, is_abstract, read_state
-from ray_ckpt.trackable import is_trackable, reader
+from ray_ckpt.target import Rename
+from ray_ckpt.trackable import is_trackable
 
 logger = logging.getLogger(__name__)
 
@@ -133,40 +131,35 @@ class Checkpointer:
     ) -> None:
         check_local(on_error, timeouts, writers_per_host)
         self.rank, self.world_size = who_am_i(rank, world_size)
-        config = checked(
-            JobConfig(
-                world_size=self.world_size,
-                save_steps=save_steps,
-                save_secs=save_secs,
-                memory_steps=memory_steps,
-                replicas=replicas,
-                replica_bytes_per_s=replica_bytes_per_s,
-                stride=stride,
-                overlap=overlap,
-                slots=snapshots,
-                max_failures=1 if on_error == "raise" else max_failures,
-                max_to_keep=max_to_keep,
-                keep_every_steps=keep_every_steps,
-                keep_every_hours=keep_every_hours,
-                keep_before=keep_before,
-                keep_hours_from=keep_hours_from,
-                keep_hours_grid=keep_hours_grid,
-                basename=basename,
-                save_timeout_s=timeouts.save_s,
-                settle_timeout_s=timeouts.settle_s,
-                host_timeout_s=timeouts.host_s,
-                delete_grace_s=delete_grace_s,
-                fresh=fresh,
-            )
+        config = configured(
+            timeouts,
+            world_size=self.world_size,
+            save_steps=save_steps,
+            save_secs=save_secs,
+            memory_steps=memory_steps,
+            replicas=replicas,
+            replica_bytes_per_s=replica_bytes_per_s,
+            stride=stride,
+            overlap=overlap,
+            slots=snapshots,
+            max_failures=1 if on_error == "raise" else max_failures,
+            max_to_keep=max_to_keep,
+            keep_every_steps=keep_every_steps,
+            keep_every_hours=keep_every_hours,
+            keep_before=keep_before,
+            keep_hours_from=keep_hours_from,
+            keep_hours_grid=keep_hours_grid,
+            basename=basename,
+            delete_grace_s=delete_grace_s,
+            fresh=fresh,
         )
         place, options = where(url, storage_options)
         self._store = open_store(place, storage_options=options, single_coordinator=single_coordinator)
-        self.url = check_place(self._store.url)
-        folder = None if memory_dir is None else os.fspath(memory_dir)
-        home = Home(self.url, options, single_coordinator, writers_per_host, folder, timeouts.recover_s)
+        home = Home(self._store.url, options, single_coordinator, writers_per_host, memory_dir, timeouts.recover_s)
         self._open(home, config, timeouts, handle_sigterm)
 
     def _open(self, home: Home, config: JobConfig, timeouts: Timeouts, handle_sigterm: bool) -> None:
+        self.url = check_place(home.url)
         if self.rank == 0:
             self._store.check()
         ensure_ray()
@@ -215,35 +208,18 @@ class Checkpointer:
         stored = is_trackable(like)
         wish = RestoreWish("newest", stored=stored) if step is None else RestoreWish("step", step, stored)
 
-        read = self._reader(like, partial, rename, cast)
+        read = restoring.reader_of(like, self.rank, self.world_size, partial=partial, rename=rename, cast=cast)
         found, state = restoring.restore(self._link, self._store, wish, read, self._start_timeout_s)
         if found is None and self.restored_step is None:
             if missing == "error":
                 raise restoring.nothing_found(self.url)
-            state = resolve(like)
-            if is_abstract(state):
-                what = "None" if state is None else "abstract"
-                raise NoCheckpointError(
-                    f"no checkpoint in {self.url}, and `like` is {what}: pass a function that makes a fresh state"
-                )
+            state = restoring.fresh(self.url, resolve(like))
         self._saver.register(state)
         self._ready = True
         if self.restored_step is not None and self._link.logic.saved_step is None:
             # It lies in host memory only: should the loop have no step left to do, this is what it ends with.
             self._last = (self.restored_step, state)
         return state
-
-    def _reader(self, like: Any, partial: bool, rename: Rename | None, cast: bool) -> Read:
-        if is_trackable(like):
-            if rename is not None or cast:
-                raise UsageError("TensorFlow restores a tf.train.Checkpoint by itself: without rename and cast")
-            return reader(like, partial=partial)
-
-        def read(stored: StoredCheckpoint) -> Build:
-            rank, world_size = self.rank, self.world_size
-            return read_state(stored, like, rank=rank, world_size=world_size, partial=partial, rename=rename, cast=cast)
-
-        return read
 
     def adopt(self, step: int | None) -> None:
         """Instead of `restore`: the state comes from the checkpoint of ``step``, read by other means; None: from none.

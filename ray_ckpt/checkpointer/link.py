@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 import uuid
@@ -33,7 +34,7 @@ class Home:
     storage_options: Mapping[str, Any]
     single_coordinator: bool
     max_writes: int
-    memory_folder: str | None
+    memory_folder: str | os.PathLike[str] | None
     recover_s: float
 
 
@@ -69,7 +70,7 @@ class Link:
             node_id=self.node_id,
             single_coordinator=home.single_coordinator,
             max_writes=home.max_writes,
-            memory_folder=home.memory_folder,
+            memory_folder=None if home.memory_folder is None else os.fspath(home.memory_folder),
             recover_s=home.recover_s,
         )
 

@@ -20,8 +20,10 @@ from ray_ckpt.checkpointer.ahead import Build, Read, ReadAhead
 from ray_ckpt.checkpointer.link import Link
 from ray_ckpt.errors import DamagedError, NoCheckpointError, ObjectMissingError, UnavailableError, UsageError
 from ray_ckpt.protocol.messages import RestoreDecision, RestoreResult, RestoreWish
-from ray_ckpt.restore import open_checkpoint
+from ray_ckpt.restore import StoredCheckpoint, open_checkpoint
 from ray_ckpt.storage import Store
+from ray_ckpt.target import Rename, is_abstract, read_state
+from ray_ckpt.trackable import is_trackable, reader
 from ray_ckpt.types import Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -189,6 +191,29 @@ def _tell(link: Link, decision: RestoreDecision) -> None:
         logger.info("no checkpoint in %s: starting afresh", link.url)
     else:
         logger.info("restored step %d from %s/%s", decision.checkpoint.step, link.url, decision.checkpoint.prefix)
+
+
+def reader_of(like: Any, rank: int, world_size: int, *, partial: bool, rename: Rename | None, cast: bool) -> Read:
+    """What reads a checkpoint into the form of ``like``. Raises `UsageError` for options that do not go with it."""
+    if is_trackable(like):
+        if rename is not None or cast:
+            raise UsageError("TensorFlow restores a tf.train.Checkpoint by itself: without rename and cast")
+        return reader(like, partial=partial)
+
+    def read(stored: StoredCheckpoint) -> Build:
+        return read_state(stored, like, rank=rank, world_size=world_size, partial=partial, rename=rename, cast=cast)
+
+    return read
+
+
+def fresh(url: str, state: Any) -> Any:
+    """The state to begin with where there is no checkpoint. Raises `NoCheckpointError` if it is none."""
+    if is_abstract(state):
+        what = "None" if state is None else "abstract"
+        raise NoCheckpointError(
+            f"no checkpoint in {url}, and `like` is {what}: pass a function that makes a fresh state"
+        )
+    return state
 
 
 def nothing_found(url: str) -> NoCheckpointError:

@@ -56,6 +56,19 @@ _ARGUMENTS = {
 """What users call some of the job's settings."""
 
 
+def configured(timeouts: Timeouts, **settings: Any) -> JobConfig:
+    """What all ranks must share: these fields of `JobConfig`, and the deadlines. Raises as `checked`."""
+    config = JobConfig(**settings)
+    return checked(
+        replace(
+            config,
+            save_timeout_s=timeouts.save_s,
+            settle_timeout_s=timeouts.settle_s,
+            host_timeout_s=timeouts.host_s,
+        )
+    )
+
+
 def checked(config: JobConfig) -> JobConfig:
     """The settings themselves, with the start of the job from the environment.
 

@@ -115,7 +115,7 @@ def test_nothing_but_a_fresh_start_or_a_step_that_is_there_is_adopted(saved: Job
         job.on(0, "do", counted, step)
     job.on(0, "call", "wait")
     eventually(lambda: job.steps() == [3, 5, 8], "what this start made is deleted, what was there is not")
-    assert newest(job) == "anew-8"
+    eventually(lambda: newest(job) == "anew-8", "the state file to follow")
 
 
 def test_a_loop_that_tells_a_bound_saves_and_stops_with_the_others(make_job: Callable[..., Job]) -> None:
