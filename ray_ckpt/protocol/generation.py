@@ -98,6 +98,12 @@ class Generations:
         found = {rank: self._roster.worker(worker) for rank, worker in self.members.items()}
         return {rank: report for rank, report in found.items() if report is not None}
 
+    @property
+    def closed(self) -> bool:
+        """Whether all ranks have ended with all that they had to save saved: the next start reads it in the store."""
+        current, reports = self.current, self.reports()
+        return current is not None and len(reports) == current.world_size and all(r.closed for r in reports.values())
+
     def is_gone(self, rank: int) -> bool:
         """Whether a member's process has died or has said that no step follows."""
         worker = self.members[rank]

@@ -78,6 +78,7 @@ class Views:
         self._cut = cut
         self._recall = recall
         self._peers: dict[str, str] = {}
+        self._over = False
         self._version = 0
         self._touched: set[str] = set()
         self._fresh: set[str] = set()
@@ -112,6 +113,7 @@ class Views:
         waited_for = forming is not None or bool(self._saves.active)
         self._poll_s = poll_s(len(self._roster.hosts), timeout_s, watched=self._cut.watching or waited_for)
         self._peers = self._find_peers()
+        self._over = forming is None and self._generations.closed
         common = self._find_common(forming)
         if common != self._common:
             self._common = common
@@ -149,7 +151,10 @@ class Views:
 
     @property
     def _kept_from(self) -> tuple[int, int]:
-        """The oldest snapshot that a restart may still need. While one is under way: all."""
+        """The oldest snapshot that a restart may still need. While one is under way: all; after a clean end: none."""
+        current = self._generations.current
+        if self._over and current is not None:
+            return (current.number + 1, 0)
         if self._generations.forming is not None or not self._generations.started:
             return (0, 0)
         # With copies, the newest that any host may be lost of: the next one's are still being made.
@@ -170,7 +175,7 @@ class Views:
             (tuple(saves.active), tuple(save.order for save in self._writing), tuple(saves.outcomes)[-1:]),
             (tuple(tuple(save.taken_over.items()) for save in self._writing), tuple(self._peers.items())),
             self._kept_from if self._peers else None,
-            (self._poll_s, cut.watching),
+            (self._poll_s, cut.watching, self._over),
         )
 
     @property
