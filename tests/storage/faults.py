@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -35,6 +36,12 @@ def is_object_read(method: str, path: str) -> bool:
 def passed(method: str, path: str, headers: dict[str, str]) -> str:
     """No fault."""
     return "pass"
+
+
+def writes(pattern: str) -> Matches:
+    """Requests that write an object whose name matches; of an upload in parts its start."""
+    found = re.compile(pattern)
+    return lambda method, path: is_upload(method, path) and found.search(path) is not None
 
 
 class Strike:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import http.client
+import io
+import re
 import socket
 import struct
 import threading
@@ -12,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 Decide = Callable[[str, str, dict[str, str]], str]
-"""What to do with a request, from its method, path and headers:
+"""What to do with a request, from its method, path (and "#" and the object, where the body names it), and headers:
 
 pass: nothing; strip: take conditions away; drop: do it, but close without a reply; twice: do it a second time; reset:
 break the connection in the middle of the request; cut: break it in the middle of the reply; flip: change a byte of the
@@ -33,12 +35,13 @@ class _Handler(BaseHTTPRequestHandler):
     upstream: str
     decide: Decide
     ended: threading.Event
+    rfile: io.BufferedReader
     parts: dict[tuple[str, str], tuple[int, list[tuple[str, str]], bytes]]
 
     def _serve(self) -> None:
         headers = {name.lower(): value for name, value in self.headers.items()}
         length = int(headers.get("content-length", "0"))
-        what = self.decide(self.command, self.path, headers)
+        what = self.decide(self.command, self.path + self._named(length), headers)
         if what == "reset":
             self.rfile.read(length // 2)
             self._break()
@@ -53,6 +56,13 @@ class _Handler(BaseHTTPRequestHandler):
             if what == "strip":
                 headers = {name: value for name, value in headers.items() if name not in _CONDITIONS}
             self._pass_on(body, headers, what)
+
+    def _named(self, length: int) -> str:
+        """The object that an upload to GCS names in its body."""
+        if not length or not self.path.startswith("/upload/"):
+            return ""
+        found = re.search(rb'"name": ?"([^"]+)"', self.rfile.peek(512)[:512])
+        return f"#{found[1].decode()}" if found else ""
 
     def _pass_on(self, body: bytes, headers: dict[str, str], what: str) -> None:
         part = (self.path, headers.get("content-range", ""))
