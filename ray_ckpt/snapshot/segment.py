@@ -360,9 +360,9 @@ class Segment:
         """
         if self.state not in WHOLE:
             raise SaveError(f"{self.path}: the segment is {self.state.name.lower()}, expected it sealed")
-        nbytes = min(self._words[_Word.TABLE_NBYTES], os.fstat(self._fd).st_size)
-        data = os.pread(self._fd, nbytes, self._table_at)
-        if _digest(data) != self._map[_DIGEST]:
+        nbytes = self._words[_Word.TABLE_NBYTES]
+        data = os.pread(self._fd, min(nbytes, os.fstat(self._fd).st_size), self._table_at)
+        if len(data) != nbytes or _digest(data) != self._map[_DIGEST]:
             raise DamagedError(f"{self.path}: the table of entries fails its digest; the snapshot is lost")
         return data
 

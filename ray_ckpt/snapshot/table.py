@@ -184,7 +184,7 @@ def counts(numbers: Iterable[Any]) -> tuple[int, ...]:
     """The numbers themselves, all of them counts or places. Raises `ValueError`."""
     found = tuple(numbers)
     for number in found:
-        if type(number) is not int or not 0 <= number < 1 << 64:
+        if type(number) is not int or not 0 <= number < 1 << 63:
             raise ValueError(f"expected a number that counts something, found {number!r:.80}")
     return found
 
