@@ -75,7 +75,7 @@ class Job:
     @property
     def all_restored(self) -> bool:
         """Whether all ranks train."""
-        return len(self.restored()) == len(self.ranks)
+        return bool(self.ranks) and len(self.restored()) == len(self.ranks)
 
     def look(self) -> None:
         """Take in which ranks have ended, and how."""
