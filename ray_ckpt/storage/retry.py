@@ -43,6 +43,7 @@ _CLASSES = {
     ("aiohttp", "ClientError"),
     ("botocore", "HTTPClientError"),
     ("botocore", "ConnectionError"),
+    ("botocore", "FlexibleChecksumError"),  # changed on the way
     ("gcsfs", "ChecksumError"),
     ("requests", "RequestException"),
     ("urllib3", "HTTPError"),

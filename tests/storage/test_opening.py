@@ -209,6 +209,8 @@ def library_error(package: str, name: str) -> Exception:
         (http_error(403), False),
         (library_error("aiohttp", "ClientError"), True),
         (library_error("botocore", "HTTPClientError"), True),
+        (library_error("botocore", "FlexibleChecksumError"), True),
+        (library_error("gcsfs", "ChecksumError"), True),
         (library_error("other", "ClientError"), False),
         (FileNotFoundError(), False),
         (FileExistsError(), False),

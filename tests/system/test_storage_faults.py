@@ -162,6 +162,8 @@ def test_a_restore_from_a_server_that_hangs_names_the_object(bucket_job: Callabl
     told = rf"read 'model\.ckpt-2\.data-\d+-of-\d+' in {again.url}: still failing after \d+ tr"
     with pytest.raises(StorageError, match=told):
         get(again.begin("restore")[0])
+    again.end()
     line.clear()
+    again = bucket_job().start(1)
     assert again.all("restore") == [2]
     assert again.on(0, "get", "state") == states.plain(states.small(0, 1, 2))
