@@ -3,8 +3,8 @@
 Two hosts (raylets on this machine). A job on one of them saves and is killed; its next start runs on the other one,
 which has nothing in memory: it restores from the first host's memory, through both hosts' Ray. Then the same state is
 saved to a GCS server (fake-gcs-server, objects in memory) on loopback and restored from there. Timed is
-`Checkpointer.restore` into memory that was not touched before, in a fresh process each time, the choice of the checkpoint
-included.
+`Checkpointer.restore` into memory that was not touched before, in a fresh process each time, with the choice of the
+checkpoint.
 """
 
 from __future__ import annotations

@@ -17,10 +17,11 @@ from ray.exceptions import RayError
 from ray_ckpt.agent import notices
 from ray_ckpt.agent.hedge import Hedge
 from ray_ckpt.agent.memory import HostMemory
-from ray_ckpt.agent.mirror import Piece, mirror, read_piece
+from ray_ckpt.agent.mirror import mirror
 from ray_ckpt.agent.pool import WriterPool
-from ray_ckpt.agent.serving import ask
+from ray_ckpt.agent.serving import RemoteSource, read_piece
 from ray_ckpt.agent.watch import when_ended
+from ray_ckpt.agent.wire import Door, Server
 from ray_ckpt.coordinator import find, find_agent, find_or_start, run_id
 from ray_ckpt.errors import ObjectMissingError, RayCkptError, StorageError, UsageError
 from ray_ckpt.protocol.host import Free, HostLogic, Keep, Mirror, StartWrite
@@ -76,6 +77,7 @@ class Agent:
         self._coordinator: Any = None
         self._memory: HostMemory | None = None
         self._pool: WriterPool | None = None
+        self._server: Server | None = None
         self._hedge = Hedge()
         self._news = asyncio.Event()
         self._changed = asyncio.Event()
@@ -141,18 +143,20 @@ class Agent:
         self._start()
         return bool(self._memory_now.sealed())
 
-    async def parts(self, save: tuple[int, int]) -> list[Part]:
-        """What lies here of a save."""
+    async def parts(self, save: tuple[int, int]) -> tuple[Door, list[Part]]:
+        """What lies here of a save, and where it can be read."""
         self._start()
-        return await asyncio.to_thread(self._memory_now.parts, save)
+        if self._server is None:
+            self._server = Server(ray.util.get_node_ip_address(), self._memory_now.read)
+        return self._server.door, await asyncio.to_thread(self._memory_now.parts, save)
 
     async def layout(self, fingerprint: str) -> Layout | None:
         """A layout that snapshots here were taken of."""
         self._start()
         return await asyncio.to_thread(self._memory_now.layout, fingerprint)
 
-    async def read(self, path: str, fills: int, start: int, nbytes: int) -> Piece:
-        """Bytes of a snapshot and their crc32c; None where it has gone."""
+    async def read(self, path: str, fills: int, start: int, nbytes: int) -> tuple[Any, int] | None:
+        """For hosts to which the door is shut: bytes of a snapshot and their crc32c; None where it has gone."""
         self._start()
         return await asyncio.to_thread(read_piece, self._memory_now, path, fills, start, nbytes)
 
@@ -160,12 +164,13 @@ class Agent:
         """Copy a snapshot from the memory of host ``source``. Raises as `mirror.mirror`."""
         self._start()
         agent = find_agent(self._url, source)
-        parts = await agent.parts.remote(segment.save)
+        door, parts = await agent.parts.remote(segment.save)
         part = next((p for p in parts if p.rank == segment.rank), None)
         layout = await agent.layout.remote(segment.fingerprint)
         if part is None or layout is None:
             raise ObjectMissingError(f"host {source} has no snapshot of rank {segment.rank} of step {segment.step}")
-        await asyncio.to_thread(mirror, self._memory_now, part, layout, partial(ask, agent), bytes_per_s)
+        remote = RemoteSource(agent, door, part, source)
+        await asyncio.to_thread(mirror, self._memory_now, part, layout, remote, bytes_per_s)
         self._look()
 
     def _living(self, but: str = "") -> set[int]:

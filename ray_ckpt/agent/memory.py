@@ -11,6 +11,8 @@ import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+import numpy as np
+
 from ray_ckpt.agent.owning import OWNER, REPLICA, SUFFIX, adopt, is_replica, lock, rank_of, segment_name
 from ray_ckpt.errors import DamagedError, SaveError, StorageError
 from ray_ckpt.metadata import DEFAULT_KIND
@@ -273,13 +275,14 @@ class HostMemory:
                 found[info.rank] = _part(info, segment, layout)
         return list(found.values())
 
-    def read(self, path: str, fills: int, start: int, nbytes: int) -> bytes | None:
+    def read(self, path: str, fills: int, start: int, nbytes: int) -> memoryview | None:
         """Bytes of a snapshot; None if its segment does not hold it any more."""
         with self._lock:
             segment = self._segments.get(Path(path).name)
         if segment is None:
             return None
-        data = bytes(segment.data[start : start + nbytes])
+        # By numpy, which lets other threads go on meanwhile.
+        data = np.frombuffer(segment.data[start : start + nbytes], np.uint8).copy().data
         # After the copy: who fills it again changes this first.
         return data if segment.fills == fills and segment.state in WHOLE else None
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Collection
-from typing import Any
+import threading
+from collections.abc import Collection
+from typing import Any, NamedTuple
 
+import numpy as np
 import ray
 from ray.exceptions import RayError
 
-from ray_ckpt.agent.mirror import CHUNK_NBYTES, Piece
+from ray_ckpt.agent.memory import HostMemory
+from ray_ckpt.agent.mirror import CHUNK_NBYTES
+from ray_ckpt.agent.wire import Connection, Door
+from ray_ckpt.bundle import crc32c
 from ray_ckpt.coordinator import find_agent
-from ray_ckpt.errors import ObjectMissingError, UnavailableError
+from ray_ckpt.errors import DamagedError, ObjectMissingError, UnavailableError
 from ray_ckpt.protocol.messages import Holders
 from ray_ckpt.restore import MappedSource, Part, Source, StoredCheckpoint, open_snapshot
 
@@ -22,41 +27,70 @@ _CALL_S = 10.0
 _READ_S = 60.0
 
 
-class RemoteSource(Source):
-    """A segment in the memory of another host, read through that host's agent."""
+_own = threading.local()
+"""A thread's connections, by door: a socket carries one answer at a time."""
 
-    def __init__(self, agent: Any, part: Part, host: str) -> None:
+
+class RemoteSource(Source):
+    """A segment in the memory of another host, read through its door; where that is shut to us, through Ray's calls."""
+
+    def __init__(self, agent: Any, door: Door, part: Part, host: str) -> None:
         self._agent = agent
+        self._door = door
         self._part = part
         self._host = host
+        self._shut = False
 
     def read_into(self, start: int, buffer: memoryview) -> None:
-        starts = range(0, len(buffer), CHUNK_NBYTES)
-        # All at once: each is a message to the other host and one back.
-        asked = [ask(self._agent, self._part, start + at, min(CHUNK_NBYTES, len(buffer) - at)) for at in starts]
-        for at, wait in zip(starts, asked, strict=True):
-            found = wait()
-            if found is None:
-                raise ObjectMissingError(f"{self._part.path} on host {self._host}: the snapshot is gone")
-            data = memoryview(found[0])
-            buffer[at : at + len(data)] = data
+        connection = self._connection()
+        if connection is None:
+            found = self._ask(start, buffer)
+        else:
+            try:
+                found = connection.read_into(self._part.path, self._part.fills, start, buffer)
+            except (OSError, DamagedError) as error:
+                # What is left of the answer must not be taken for the next one.
+                connection.close()
+                del _own.connections[self._door]
+                raise UnavailableError(f"{self._part.path} on host {self._host}: {error}") from error
+        if not found:
+            raise ObjectMissingError(f"{self._part.path} on host {self._host}: the snapshot is gone")
+
+    def _connection(self) -> Connection | None:
+        """This thread's; None where the door does not open."""
+        if self._shut:
+            return None
+        connections: dict[Door, Connection] = _own.__dict__.setdefault("connections", {})
+        if self._door not in connections:
+            try:
+                connections[self._door] = Connection(self._door)
+            except OSError as error:
+                logger.warning("%r does not open (%s): reading through Ray, which is slower", self._door, error)
+                self._shut = True
+                return None
+        return connections[self._door]
+
+    def _ask(self, start: int, buffer: memoryview) -> bool:
+        for at in range(0, len(buffer), CHUNK_NBYTES):
+            with buffer[at : at + CHUNK_NBYTES] as chunk:
+                try:
+                    ref = self._agent.read.remote(self._part.path, self._part.fills, start + at, len(chunk))
+                    found = ray.get(ref, timeout=_READ_S)
+                except (RayError, TimeoutError) as error:
+                    raise UnavailableError(f"{self._part.path}: its host does not answer: {error}") from error
+                if found is None:
+                    return False
+                chunk[:] = memoryview(found[0])
+                if crc32c(chunk) != found[1]:
+                    raise DamagedError(f"{self._part.path}: bytes were changed on their way from host {self._host}")
+        return True
 
 
-def ask(agent: Any, part: Part, start: int, nbytes: int) -> Callable[[], Piece]:
-    """Begin to read bytes of another host's snapshot; what is given waits for them.
-
-    That raises `UnavailableError` if the host does not answer.
-    """
-    ref = agent.read.remote(part.path, part.fills, start, nbytes)
-
-    def wait() -> Piece:
-        try:
-            found: Piece = ray.get(ref, timeout=_READ_S)
-        except (RayError, TimeoutError) as error:
-            raise UnavailableError(f"{part.path}: its host does not answer: {error}") from error
-        return found
-
-    return wait
+def read_piece(memory: HostMemory, path: str, fills: int, start: int, nbytes: int) -> tuple[Any, int] | None:
+    """The other side of Ray's calls: bytes of a snapshot in this host's memory and their crc32c; None if it is gone."""
+    data = memory.read(path, fills, start, nbytes)
+    # As an array: Ray hands that on without copying it.
+    return None if data is None else (np.asarray(data), crc32c(data))
 
 
 def recall(url: str, save: tuple[int, int], holders: Holders, here: str) -> StoredCheckpoint:
@@ -68,22 +102,34 @@ def recall(url: str, save: tuple[int, int], holders: Holders, here: str) -> Stor
         ObjectMissingError: a part is gone, with its host or from its memory.
         DamagedError: the parts do not belong together.
     """
-    agents, told = _ask_all(url, save, {host for hosts in holders for host in hosts})
-    parts, sources = [], []
+    told = _ask_all(url, save, {host for hosts in holders for host in hosts})
+    parts: list[Part] = []
+    sources: list[Source] = []
     for rank, hosts in enumerate(holders):
-        found = next(((host, part) for host in hosts for part in told.get(host, ()) if part.rank == rank), None)
+        found = next(((h, part) for h in hosts if h in told for part in told[h].parts if part.rank == rank), None)
         if found is None:
             raise ObjectMissingError(
                 f"rank {rank}'s snapshot of step {save[1]} was with {' and '.join(hosts)}, and is gone"
             )
         host, part = found
         parts.append(part)
-        sources.append(MappedSource(part.path, part.fills) if host == here else RemoteSource(agents[host], part, host))
-    return open_snapshot(f"the memory of {len(agents)} hosts", parts, sources)
+        if host == here:
+            sources.append(MappedSource(part.path, part.fills))
+        else:
+            sources.append(RemoteSource(told[host].agent, told[host].door, part, host))
+    return open_snapshot(f"the memory of {len(told)} hosts", parts, sources)
 
 
-def _ask_all(url: str, save: tuple[int, int], hosts: Collection[str]) -> tuple[dict[str, Any], dict[str, list[Part]]]:
-    """The agents of those hosts that answer, and what they hold. One that died a moment ago does not."""
+class _Told(NamedTuple):
+    """One host's answer."""
+
+    agent: Any
+    door: Door
+    parts: list[Part]
+
+
+def _ask_all(url: str, save: tuple[int, int], hosts: Collection[str]) -> dict[str, _Told]:
+    """What those hosts hold that answer. One that died a moment ago does not."""
     agents: dict[str, Any] = {}
     for host in hosts:
         with contextlib.suppress(UnavailableError):
@@ -91,10 +137,10 @@ def _ask_all(url: str, save: tuple[int, int], hosts: Collection[str]) -> tuple[d
     refs = {host: agent.parts.remote(save) for host, agent in agents.items()}
     if refs:
         ray.wait(list(refs.values()), num_returns=len(refs), timeout=_CALL_S)
-    told: dict[str, list[Part]] = {}
+    told: dict[str, _Told] = {}
     for host, ref in refs.items():
         try:
-            told[host] = ray.get(ref, timeout=0)
+            told[host] = _Told(agents[host], *ray.get(ref, timeout=0))
         except (RayError, TimeoutError) as error:
             logger.warning("host %s does not tell what it holds of step %d: %s", host, save[1], error)
-    return {host: agents[host] for host in told}, told
+    return told
