@@ -18,7 +18,16 @@ from ray_ckpt.errors import DamagedError, SaveError, StorageError
 from ray_ckpt.metadata import DEFAULT_KIND
 from ray_ckpt.protocol.messages import SegmentInfo, Trigger
 from ray_ckpt.restore import Part
-from ray_ckpt.snapshot import WHOLE, Segment, SegmentState, decode_table, default_folder, drop_unused, reclaim
+from ray_ckpt.snapshot import (
+    WHOLE,
+    Segment,
+    SegmentState,
+    decode_table,
+    default_folder,
+    drop_unused,
+    private_folder,
+    reclaim,
+)
 from ray_ckpt.snapshot.layouts import keep_layout, read_layouts
 from ray_ckpt.types import Layout
 
@@ -68,8 +77,8 @@ class HostMemory:
         if folder is None:
             own = default_folder(name)
         else:
-            own = Path(folder) / name
-            own.mkdir(mode=0o700, parents=True, exist_ok=True)
+            Path(folder).mkdir(mode=0o700, parents=True, exist_ok=True)
+            own = private_folder(Path(folder) / name)
         return cls(own, run)
 
     def sweep(self) -> None:

@@ -1,6 +1,6 @@
 """Live arrays -> host memory that outlives the process: segments, their tables, and the copy into them."""
 
-from ray_ckpt.snapshot.folder import SegmentInfo, default_folder, drop_unused, in_use, reclaim, scan
+from ray_ckpt.snapshot.folder import SegmentInfo, default_folder, drop_unused, in_use, private_folder, reclaim, scan
 from ray_ckpt.snapshot.process import ProcessId
 from ray_ckpt.snapshot.segment import WHOLE, Segment, SegmentState
 from ray_ckpt.snapshot.table import Entry, SaveId, Sums, Table, chunks_in, decode_table
@@ -23,6 +23,7 @@ __all__ = [
     "drop_unused",
     "in_use",
     "needed_nbytes",
+    "private_folder",
     "reclaim",
     "scan",
     "take_snapshot",

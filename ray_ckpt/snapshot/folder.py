@@ -39,14 +39,24 @@ def default_folder(run_id: str) -> Path:
     Raises:
         StorageError: somebody else has put something in its place.
     """
-    base = _BASE / f"ray_ckpt-{os.getuid()}"
-    folder = base / run_id
-    for part in (base, folder):
-        part.mkdir(mode=0o700, exist_ok=True)
-        found = part.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-            raise StorageError(f"{part} is not a folder of this user's alone (mode 0700); remove it")
-    return folder
+    return private_folder(private_folder(_BASE / f"ray_ckpt-{os.getuid()}") / run_id)
+
+
+def private_folder(path: Path) -> Path:
+    """Make this folder, unless it is there already, as this user's alone: whoever may write there could swap files.
+
+    Raises:
+        StorageError: something else, or somebody else's, lies in its place; a link is never followed.
+    """
+    try:
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(mode=0o700)
+        found = path.lstat()
+    except OSError as err:
+        raise StorageError(f"{path}: cannot make a folder for segments: {err.strerror}") from err
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise StorageError(f"{path} is not a folder of this user's alone (mode 0700); remove it")
+    return path
 
 
 def in_use(path: str | Path) -> bool:
