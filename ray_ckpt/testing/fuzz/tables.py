@@ -9,10 +9,11 @@ from google.protobuf.message import DecodeError
 
 from ray_ckpt.bundle import crc32c, mask
 from ray_ckpt.bundle.coding import varint
-from ray_ckpt.bundle.entry import HEADER_KEY
+from ray_ckpt.bundle.entry import HEADER_KEY, encode_header, encode_partitioned, encode_piece, piece_key
 from ray_ckpt.bundle.schema import BundleEntryProto, BundleHeaderProto
 from ray_ckpt.bundle.table import Pair, read_table, write_table
 from ray_ckpt.testing.fuzz.hostile import PATHS, mangle, number
+from ray_ckpt.types import Box
 
 _MAGIC = (0xDB4775248B80FB57).to_bytes(8, "little")
 _SIGNED = (-1, 0, 1, 2, 4, 254, 2**31 - 1, -(2**31), 2**32, 2**40, 2**62, 2**63 - 1, -(2**63))
@@ -21,6 +22,8 @@ _SIGNED = (-1, 0, 1, 2, 4, 254, 2**31 - 1, -(2**31), 2**32, 2**40, 2**62, 2**63 
 def mutate_index(rng: Random, raw: bytes, others: list[bytes]) -> bytes:
     """An index that differs in its bytes, in the structure of its blocks, or in what its entries say."""
     kind = rng.randrange(10)
+    if rng.random() < 0.002:
+        return _many_slices(rng)
     if kind == 0:
         return mangle(rng, raw, others)
     pairs = read_table(raw)
@@ -113,6 +116,16 @@ def _set(rng: Random, message: Any, field: str) -> None:
         setattr(message, field, rng.choice(_SIGNED))
     except ValueError:
         setattr(message, field, rng.choice((-1, 0, 1, 2, 2**31 - 1, -(2**31))))
+
+
+def _many_slices(rng: Random) -> bytes:
+    """A small file whose slices would take gigabytes to check, though each is where it should be."""
+    rank, count = rng.choice(((8, 12_000), (8, 200), (9, 50), (1, 20_000)))
+    shape = (count,) + (2,) * (rank - 1)
+    boxes = [Box((i,) + (i % 2,) * (rank - 1), (1,) * rank) for i in range(count)]
+    pairs = [(piece_key("x", box, shape), encode_piece("int8", box.shape, 0, i, 1, 0)) for i, box in enumerate(boxes)]
+    pairs += [(HEADER_KEY, encode_header(1)), (b"x", encode_partitioned("int8", shape, boxes))]
+    return write_table(sorted(pairs))
 
 
 def _blocks(rng: Random, pairs: list[Pair]) -> bytes:
