@@ -137,7 +137,8 @@ def _make(rng: Random) -> Directory:
     for _ in range(rng.choice((1, 1, 2, 3))):
         # Each file once: the next mutation would have to be of what the last one has left.
         left = [path for path, raw in files.items() if raw is corpus.directory(kind).get(path)]
-        path = rng.choice([p for p in left if ".data-" not in p] if rng.random() < 0.8 else left)
+        described = [path for path in left if ".data-" not in path]
+        path = rng.choice(described if described and rng.random() < 0.8 else left)
         if rng.random() < 0.08:
             files[_elsewhere(rng, path)] = files.pop(path)
         else:
