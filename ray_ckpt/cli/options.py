@@ -18,7 +18,7 @@ StorageOptions = Annotated[
     typer.Option(
         "--storage-option",
         metavar="KEY=VALUE",
-        help="Option of the fsspec file system; JSON values are taken as such. Repeatable.",
+        help="Option of the fsspec file system, or timeout_s=SECONDS; JSON values are taken as such. Repeatable.",
     ),
 ]
 
