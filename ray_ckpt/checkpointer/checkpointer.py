@@ -87,8 +87,8 @@ class Checkpointer:
         memory_dir: a folder for snapshots instead of the machine's tmpfs, a local SSD for one.
         timeouts: after which every wait ends in a decision, see `Timeouts`.
         delete_grace_s: how long a deleted checkpoint's data outlives its index, for readers without a pin.
-        storage_options: for the fsspec file system; and ``timeout_s``, how long an operation on the storage may take with
-            all its retries, 120 seconds by default (`open_store`).
+        storage_options: for the fsspec file system; and ``timeout_s``, how long an operation on the storage may take
+            with all its retries, 120 seconds by default (`open_store`).
         single_coordinator: allow a store that cannot create objects exclusively; see `open_store`.
         handle_sigterm: the first SIGTERM has all workers save and stop, see `preempted`, and does not end this process;
             where this is made in the main thread, and neither the program nor JAX's preemption service has a handler.
