@@ -7,6 +7,9 @@ import logging
 import time
 from typing import Any
 
+from ray.exceptions import RayActorError
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_fixed
+
 from ray_ckpt.checkpointer.link import Link
 from ray_ckpt.checkpointer.slots import Slots
 from ray_ckpt.errors import RayCkptError, UnavailableError
@@ -25,6 +28,8 @@ _STRING_GROWTH = 0.5
 """By how much more they get than they need, as they may grow from save to save: not all memory is made anew then."""
 
 _PREPARE_S = 600.0
+_PREPARE_TRIES = 5
+_PREPARE_AGAIN_S = 1.0
 
 
 class Saver:
@@ -201,15 +206,25 @@ class Saver:
             self.slots.grow(plan.fixed_nbytes + _STRING_ROOM_NBYTES)
 
     def _prepare(self, nbytes: int) -> list[str]:
-        try:
+        def ask() -> list[str]:
             paths: list[str] = self._link.courier.call(
                 "prepare", self._link.rank, nbytes, self._config.slots, timeout_s=_PREPARE_S
             )
+            return paths
+
+        # An agent that dies while it is asked comes back, and what it has made already is there.
+        again = Retrying(
+            retry=retry_if_exception_type(RayActorError),
+            stop=stop_after_attempt(_PREPARE_TRIES),
+            wait=wait_fixed(_PREPARE_AGAIN_S),
+            reraise=True,
+        )
+        try:
+            return again(ask)
         except RayCkptError:
             raise
         except Exception as error:
             raise UnavailableError(f"the agent of this host made no snapshot memory: {error}") from error
-        return paths
 
     def _notify(self) -> None:
         with self._link.condition:
