@@ -83,7 +83,7 @@ class Hosts:
     """The cluster. ``alive``: the hosts that can be used now, the head first; it is never lost."""
 
     def __init__(self, cluster: Any, memory: Path) -> None:
-        self._cluster = cluster
+        self.cluster = cluster
         self._memory = memory
         self._made = 0
         self._arrived: list[Any] = []
@@ -92,12 +92,12 @@ class Hosts:
         self.alive += [self._host(self._add()) for _ in range(HOSTS - 1)]
 
     def _add(self) -> Any:
-        return self._cluster.add_node(num_cpus=2, object_store_memory=_STORE_NBYTES)
+        return self.cluster.add_node(num_cpus=2, object_store_memory=_STORE_NBYTES)
 
     def _host(self, node: Any) -> Host:
         self._made += 1
         memory = self._memory / f"host{self._made}"
-        memory.mkdir()
+        memory.mkdir(exist_ok=True)
         return Host(node, memory)
 
     def lose(self, host: Host) -> None:
@@ -113,7 +113,7 @@ class Hosts:
     def _replace(self, host: Host) -> None:
         with contextlib.suppress(Exception):
             # It looks for processes that are gone already.
-            self._cluster.remove_node(host.node, allow_graceful=False)
+            self.cluster.remove_node(host.node, allow_graceful=False)
         shutil.rmtree(host.memory, ignore_errors=True)
         try:
             for attempt in Retrying(stop=stop_after_attempt(3), reraise=True):
@@ -148,21 +148,34 @@ def hosts() -> Iterator[Hosts]:
     memory = Path(tempfile.mkdtemp(prefix="ray_ckpt-soak-", dir=shm if os.access(shm, os.W_OK) else folder))
     before = {process.pid for process in _children()}
     os.environ.update({**_ENVIRONMENT, "RAY_TMPDIR": str(folder)})
-    cluster: Any = None
     found: Hosts | None = None
+    try:
+        # Ray gives its processes 30 s, which a busy machine exceeds.
+        for attempt in Retrying(stop=stop_after_attempt(3), reraise=True):
+            with attempt:
+                found = _start(memory, before)
+        assert found is not None
+        yield found
+    finally:
+        if found is not None:
+            found.settle()
+            _shut_down(found.cluster, before)
+        shutil.rmtree(memory, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start(memory: Path, before: set[int]) -> Hosts:
+    cluster: Any = None
     try:
         head = {"num_cpus": 2, "object_store_memory": _STORE_NBYTES, "include_dashboard": False}
         # Without its handlers of signals, which only the main thread may set: hosts are added in another one.
         cluster = Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=False)
         found = Hosts(cluster, memory)
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-        yield found
-    finally:
-        if found is not None:
-            found.settle()
+    except BaseException:
         _shut_down(cluster, before)
-        shutil.rmtree(memory, ignore_errors=True)
-        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return found
 
 
 def logs() -> Path:
