@@ -48,6 +48,9 @@ def test_failed_saves_are_warned_about_and_then_stop_all_at_one_step(make_job: C
         assert "step 4 was not saved: shard of writer" in text[0]
         assert text[0].endswith("training goes on")
     job.until_committed(6)
+    found = job.on(0, "call", "status")
+    assert found.failures_in_a_row == 0
+    assert found.last_error.startswith("save of step 4 failed: shard of writer")
     for step in range(8, 100, 2):
         break_shards(job.path, step)
     texts = []
