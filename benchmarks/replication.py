@@ -1,9 +1,9 @@
 """``python -m benchmarks.replication``: what copies on a peer cost the training loop.
 
-Two hosts (raylets on this machine), one rank each, half of the state each, a snapshot for memory every 50 steps. Rank
-0's loop is timed: the steps of `benchmarks.loop` (one big tensor updated, then small matrices multiplied by one thread).
-Rank 1 is a machine of its own in a real job; here it would take the second core, so its loop sleeps for as long as rank
-0's last step took, and snapshots the same. So one core is spare, for both hosts' agents and all of Ray.
+Two hosts (raylets on this machine), one rank each, half of the state each, a snapshot for memory every 50 steps.
+Rank 0's loop is timed: the steps of `benchmarks.loop` (one big tensor updated, then small matrices multiplied by one
+thread). Rank 1 is a machine of its own in a real job; here it would take the second core, so its loop sleeps for about
+as long as a step takes, and snapshots the same. So one core is spare, for both hosts' agents and all of Ray.
 
 Runs without copies and with them take turns, each in fresh processes; a run's time is that of all its steps, the
 snapshots included. The last column says how many of the snapshots had their copies when the next one came.
@@ -146,8 +146,8 @@ def _page(mib: int, steps: int, mib_per_s: float, times: dict[str, list[float]],
     verdict = "within" if ratio <= LIMIT else "above"
     bound = f", copying at {mib_per_s:.0f} MiB/s at most" if mib_per_s else ""
     told = (
-        f"Copies cost {100 * (ratio - 1):.1f} % of the step time{bound}: {verdict} the limit of 5 %. Snapshots alone cost "
-        f"{100 * (without / none - 1):.1f} %. Of the last run's {steps // EVERY} snapshots at least {copied} were seen "
+        f"Copies cost {100 * (ratio - 1):.1f} % of the step time{bound}: {verdict} the limit of 5 %. Snapshots alone "
+        f"cost {100 * (without / none - 1):.1f} %. Of the last run's {steps // EVERY} snapshots at least {copied} were seen "
         "to have their copies."
     )
     lines += ["", told, ""]
