@@ -78,6 +78,7 @@ class Agent:
         self._memory: HostMemory | None = None
         self._pool: WriterPool | None = None
         self._server: Server | None = None
+        self._mirrors: dict[int, asyncio.Lock] = {}
         self._hedge = Hedge()
         self._news = asyncio.Event()
         self._changed = asyncio.Event()
@@ -161,8 +162,14 @@ class Agent:
         return await asyncio.to_thread(read_piece, self._memory_now, path, fills, start, nbytes)
 
     async def mirror(self, source: str, segment: SegmentInfo, bytes_per_s: float | None) -> None:
-        """Copy a snapshot from the memory of host ``source``. Raises as `mirror.mirror`."""
+        """Copy a snapshot from the memory of host ``source``, unless that is done. Raises as `mirror.mirror`."""
         self._start()
+        async with self._mirrors.setdefault(segment.rank, asyncio.Lock()):
+            self._look()
+            if not self._logic.has_copy(segment):
+                await self._mirror(source, segment, bytes_per_s)
+
+    async def _mirror(self, source: str, segment: SegmentInfo, bytes_per_s: float | None) -> None:
         agent = find_agent(self._url, source)
         door, parts = await agent.parts.remote(segment.save)
         part = next((p for p in parts if p.rank == segment.rank), None)

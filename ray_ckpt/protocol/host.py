@@ -156,6 +156,11 @@ class HostLogic:
         self._mirroring = None
         self._mirrored[segment.name, segment.fills] = whole
 
+    def has_copy(self, segment: SegmentInfo) -> bool:
+        """Whether a copy of this snapshot lies here. A second one would be written under the numbers of the first."""
+        of = (segment.rank, segment.save, segment.trigger)
+        return any(s.replica and (s.rank, s.save, s.trigger) == of for s in self._segments.values())
+
     # -- what to do, what to say --------------------------------------------------------------------
 
     def take(self) -> list[Action]:
