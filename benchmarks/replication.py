@@ -147,7 +147,8 @@ def _page(mib: int, steps: int, mib_per_s: float, times: dict[str, list[float]],
     bound = f", copying at {mib_per_s:.0f} MiB/s at most" if mib_per_s else ""
     cost, alone = 100 * (ratio - 1), 100 * (without / none - 1)
     told = (
-        f"Copies cost {cost:.1f} % of the step time{bound}: {verdict} the limit of 5 %. Snapshots alone cost {alone:.1f} %. "
+        f"Copies cost {cost:.1f} % of the step time{bound}: {verdict} the limit of 5 %. "
+        f"Snapshots alone cost {alone:.1f} %. "
         f"Of the last run's {steps // EVERY} snapshots at least {copied} were seen to have their copies."
     )
     lines += ["", told, ""]
