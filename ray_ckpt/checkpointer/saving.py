@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from ray.exceptions import RayActorError
-from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_fixed
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from ray_ckpt.checkpointer.link import Link
 from ray_ckpt.checkpointer.slots import Slots
@@ -28,7 +28,7 @@ _STRING_GROWTH = 0.5
 """By how much more they get than they need, as they may grow from save to save: not all memory is made anew then."""
 
 _PREPARE_S = 600.0
-_PREPARE_TRIES = 5
+_RESTART_S = 60.0
 _PREPARE_AGAIN_S = 1.0
 
 
@@ -215,7 +215,7 @@ class Saver:
         # An agent that dies while it is asked comes back, and what it has made already is there.
         again = Retrying(
             retry=retry_if_exception_type(RayActorError),
-            stop=stop_after_attempt(_PREPARE_TRIES),
+            stop=stop_after_delay(_RESTART_S),
             wait=wait_fixed(_PREPARE_AGAIN_S),
             reraise=True,
         )
