@@ -1,0 +1,153 @@
+"""Restores from segments: the same bits as from a store, verified by what is known of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ray_ckpt.agent.memory import HostMemory
+from ray_ckpt.agent.mirror import mirror
+from ray_ckpt.errors import DamagedError, ObjectMissingError
+from ray_ckpt.restore import MappedSource, StoredCheckpoint, read_boxes
+from ray_ckpt.snapshot import Segment, SegmentState
+from ray_ckpt.target import read_state
+from ray_ckpt.types import Box
+from ray_ckpt.writer import sum_up
+from tests.agent.remembered import BIG, SAVE, folder, opened, parts_of, remember, states
+from tests.system.states import plain, zeros_like
+
+
+@pytest.fixture
+def memories(tmp_path: Path) -> list[HostMemory]:
+    return [HostMemory(folder(tmp_path, f"run-{name}")) for name in "ab"]
+
+
+def segments(memories: list[HostMemory]) -> list[Path]:
+    return [path for memory in memories for path in sorted(memory.folder.glob("*.segment"))]
+
+
+def sum_all_up(memories: list[HostMemory]) -> None:
+    for path in segments(memories):
+        with Segment.open(path) as segment:
+            sum_up(segment)
+
+
+def restored(stored: StoredCheckpoint, rank: int, world: int) -> Any:
+    like = zeros_like(states(world)[rank])
+    return read_state(stored, like, rank=rank, world_size=world)()
+
+
+@pytest.mark.parametrize("summed", [True, False])
+def test_every_rank_gets_its_bits_back(memories: list[HostMemory], summed: bool) -> None:
+    remember(memories, 2)
+    if summed:
+        sum_all_up(memories)
+    stored = opened(parts_of(memories))
+    assert {piece.crc is not None for t in stored.index.tensors.values() for piece in t.pieces} >= {summed}
+    for rank in range(2):
+        assert plain(restored(stored, rank, 2)) == plain(states(2)[rank])
+
+
+@pytest.mark.parametrize("summed", [True, False])
+def test_any_box_across_the_segments(memories: list[HostMemory], summed: bool) -> None:
+    remember(memories, 2)
+    if summed:
+        sum_all_up(memories)
+    whole = np.concatenate([state["big"].array for state in states(2)])
+    box = Box((BIG[0] - 2, 12_345), (4, 700_000))
+    out = np.zeros(box.shape, np.float32)
+    read_boxes(opened(parts_of(memories)), [("big", box, out)])
+    assert np.array_equal(out, whole[box.slices])
+
+
+def flip(path: Path, value: float) -> None:
+    """Change the one element of this value in a segment's data."""
+    with Segment.open(path, writable=True) as segment:
+        data = np.frombuffer(segment.data, np.uint8)
+        at = bytes(segment.data).index(np.float32(value).tobytes())
+        data.flags.writeable = True
+        data[at] ^= 1
+        del data
+
+
+def test_a_changed_byte_is_noticed_where_checksums_are_known(memories: list[HostMemory]) -> None:
+    remember(memories, 2)
+    sum_all_up(memories)
+    flip(segments(memories)[1], float(states(2)[1]["big"].array[1, 77]))
+    stored = opened(parts_of(memories))
+    with pytest.raises(DamagedError, match="tensor 'big'"):
+        restored(stored, 1, 2)
+    assert plain(restored(stored, 0, 2)["big"]) == plain(states(2)[0]["big"]), "of other chunks nothing is wrong"
+
+
+def test_a_snapshot_that_is_filled_again_is_gone(memories: list[HostMemory]) -> None:
+    remember(memories, 2, keep=True)
+    stored = opened(parts_of(memories))
+    with Segment.open(segments(memories)[0], writable=True) as segment:
+        save = segment.save
+        assert save is not None
+        with segment.fill(save), pytest.raises(ObjectMissingError, match="overwritten"):
+            restored(stored, 0, 2)
+    assert parts_of(memories[:1]) == []
+
+
+def test_parts_of_two_snapshots_are_not_put_together(memories: list[HostMemory]) -> None:
+    remember(memories, 2)
+    first = parts_of(memories)
+    with pytest.raises(DamagedError, match="parts are of"):
+        opened([first[0], first[0]])
+    with pytest.raises(DamagedError):
+        opened(first[:1])
+
+
+def test_a_copy_holds_the_same_and_its_checksums(memories: list[HostMemory]) -> None:
+    remember(memories[:1], 2, keep=True)
+    source, target = memories
+    for part in source.parts(SAVE):
+        layout = source.layout(next(i.fingerprint for i in source.sealed() if i.rank == part.rank))
+        assert layout is not None
+        mirror(target, part, layout, MappedSource(part.path, part.fills), None)
+    copies = target.parts(SAVE)
+    assert all(sum(part.sums.known) == len(part.sums.known) for part in copies)
+    assert {(info.replica, info.kept) for info in target.sealed()} == {(True, True)}
+    stored = opened(sorted(copies, key=lambda part: part.rank))
+    for rank in range(2):
+        assert plain(restored(stored, rank, 2)) == plain(states(2)[rank])
+
+
+def test_two_copies_of_a_rank_at_most(memories: list[HostMemory]) -> None:
+    source, target = memories
+    for step in (5, 6, 7, 8):
+        remember([source], 1, step, keep=True)
+        (part,) = source.parts((SAVE[0], step))
+        layout = source.layout(source.sealed()[0].fingerprint)
+        assert layout is not None
+        mirror(target, part, layout, MappedSource(part.path, part.fills), None)
+    assert sorted(info.step for info in target.sealed()) == [7, 8]
+    assert len(segments([target])) == 2
+
+
+def test_a_copy_that_breaks_off_leaves_nothing(memories: list[HostMemory]) -> None:
+    source, target = memories
+    remember([source], 1, keep=True)
+    (part,) = source.parts(SAVE)
+    layout = source.layout(source.sealed()[0].fingerprint)
+    assert layout is not None
+    with pytest.raises(ObjectMissingError):
+        mirror(target, part, layout, MappedSource(part.path, part.fills + 1), None)
+    assert target.sealed() == []
+    mirror(target, replace(part), layout, MappedSource(part.path, part.fills), 1e9)
+    assert [info.step for info in target.sealed()] == [5]
+
+
+def test_a_writer_leaves_its_checksums(memories: list[HostMemory]) -> None:
+    remember(memories, 1)
+    assert not any(parts_of(memories)[0].sums.known)
+    with Segment.open(segments(memories)[0]) as segment:
+        assert segment.state is SegmentState.SEALED
+        sum_up(segment)
+    assert all(parts_of(memories)[0].sums.known)
