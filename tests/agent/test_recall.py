@@ -60,8 +60,11 @@ def test_any_box_across_the_segments(memories: list[HostMemory], summed: bool) -
     whole = np.concatenate([state["big"].array for state in states(2)])
     box = Box((BIG[0] - 2, 12_345), (4, 700_000))
     out = np.zeros(box.shape, np.float32)
-    read_boxes(opened(parts_of(memories)), [("big", box, out)])
+    part = Box((1_300_000,), (1_500_000,))
+    more = np.zeros(part.shape, np.int32)
+    read_boxes(opened(parts_of(memories)), [("big", box, out), ("replica", part, more)])
     assert np.array_equal(out, whole[box.slices])
+    assert np.array_equal(more, np.arange(3_000_000, dtype=np.int32)[part.slices])
 
 
 def flip(path: Path, value: float) -> None:
