@@ -44,6 +44,9 @@ def arm(folder: Path, url: str, who: str, action: str, when: str) -> Path:
 def install() -> None:
     """Watch all actions in this process."""
     from ray_ckpt import writer
+
+    # First: Ray finds a task by its name in its module, so that must be what the pool of an agent has imported.
+    _watch_writer(writer)
     from ray_ckpt.agent import actor as agents
     from ray_ckpt.agent.memory import HostMemory
     from ray_ckpt.coordinator.actor import Coordinator
@@ -63,7 +66,6 @@ def install() -> None:
         (HostMemory, "free", "free"),
     ):
         _watch(home, method, lambda *_, action=action: action)
-    _watch_writer(writer)
 
 
 def _name_of_io(_: Any, io: Any) -> str:
