@@ -46,15 +46,21 @@ def soak(
     console.print(f"soak of {minutes:g} minutes, seed {chosen}", highlight=False)
     tally = Tally(console, chosen)
     folder = Path(tempfile.mkdtemp(prefix="ray_ckpt-soak-"))
+    ended = ""
     with (folder / "ray.log").open("w") as said, redirect_stdout(said), redirect_stderr(said):
-        _watched(tally, folder, ("file", "gs") if store == "both" else (store,), 60 * minutes)
-    console.print(tally.table())
+        try:
+            _watched(tally, folder, ("file", "gs") if store == "both" else (store,), 60 * minutes)
+        except KeyboardInterrupt:
+            ended = "interrupted; everything that was started has been ended"
+    console.print(tally.table(), ended)
     if tally.violations:
         console.print("\n".join(["the last events:", *tally.story]), markup=False, highlight=False)
         console.print("\n".join(["violations:", *tally.violations]), style="red", markup=False)
         console.print(f"journals, checkpoints and logs are in {folder}; again: make soak SEED={chosen}")
         raise typer.Exit(1)
     shutil.rmtree(folder)
+    if ended:
+        raise typer.Exit(130)
 
 
 def _interrupt(*_: object) -> None:
