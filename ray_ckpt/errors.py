@@ -69,7 +69,7 @@ class SaveError(RayCkptError):
 
 
 class FencedError(RayCkptError):
-    """A newer start of the job, or another coordinator, owns the directory."""
+    """A newer start of the job owns the directory, or Ray has given up this process's node: it saves no more."""
 
 
 class PreemptedError(RayCkptError):

@@ -26,8 +26,9 @@ _LAST_WORD_S = 5.0
 class Courier:
     """Keeps one question open at the agent, so that news come at once, and asks again when there is news to tell.
 
-    ``condition`` guards the logic; it is notified after each view. ``find`` looks the agent up (again).
-    ``on_view`` runs in this thread after each view, without the lock; ``on_broken`` if it cannot go on.
+    ``condition`` guards the logic; it is notified after each view. ``find`` looks the agent up, again only after
+    ``check``, which raises if there can be none any more. ``on_view`` runs in this thread after each view, without the
+    lock; ``on_broken`` if it cannot go on.
     """
 
     def __init__(
@@ -35,12 +36,14 @@ class Courier:
         logic: WorkerLogic,
         condition: threading.Condition,
         find: Callable[[], Any],
+        check: Callable[[], None],
         on_view: Callable[[], None],
         on_broken: Callable[[Exception], None],
     ) -> None:
         self._logic = logic
         self._condition = condition
         self._find = find
+        self._check = check
         self._on_view = on_view
         self._on_broken = on_broken
         self._agent: Any = None
@@ -135,8 +138,9 @@ class Courier:
             self._logic.late = f"the agent of this host ({what})"
         self._open = []
         time.sleep(_AGAIN_S)
+        self._check()
         try:
             self._agent = self._find()
-        except (RayError, ValueError) as again:
+        except (RayError, ValueError, RuntimeError) as again:
             logger.warning("no agent yet: %s", again)
         self._wake.set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from ray_ckpt import errors
 from ray_ckpt.agent import find_or_start_agent
@@ -54,7 +56,7 @@ class Link:
         self._home = home
         self._told: set[int] = set()
         self.taken: dict[int, float] = {}
-        self.courier = Courier(self.logic, self.condition, self._find, self._viewed, self._broken)
+        self.courier = Courier(self.logic, self.condition, self._find, self._check_node, self._viewed, self._broken)
 
     def open(self) -> None:
         """Find or start the coordinator and this host's agent, and begin to report."""
@@ -73,6 +75,16 @@ class Link:
             memory_folder=None if home.memory_folder is None else os.fspath(home.memory_folder),
             recover_s=home.recover_s,
         )
+
+    def _check_node(self) -> None:
+        """Raise `FencedError` if Ray has given up this node: that is for good, though its processes may live on."""
+        # Where Ray's GCS does not answer either, nobody knows.
+        with contextlib.suppress(RayError, RuntimeError):
+            if any(node["NodeID"] == self.node_id and not node["Alive"] for node in ray.nodes()):
+                raise FencedError(
+                    f"rank {self.rank} of {self.url}: Ray has given up the node {self.node_id} of this process, which "
+                    "can save no more; start the job again on other nodes"
+                )
 
     def _viewed(self) -> None:
         """In the courier's thread, after each view."""
@@ -99,9 +111,11 @@ class Link:
 
     def _broken(self, error: Exception) -> None:
         """In the courier's thread, as its last act: nothing will be heard any more."""
-        self.trouble = self.trouble or UnavailableError(
-            f"rank {self.rank} of {self.url} has lost its connection to the coordinator: {error!r}"
-        )
+        if not isinstance(error, RayCkptError):
+            error = UnavailableError(
+                f"rank {self.rank} of {self.url} has lost its connection to the coordinator: {error!r}"
+            )
+        self.trouble = self.trouble or error
         with self.condition:
             self.condition.notify_all()
 
