@@ -12,7 +12,7 @@ from typing import Any
 
 from ray_ckpt.protocol import flows
 from ray_ckpt.protocol.coordinator import CoordinatorLogic
-from ray_ckpt.protocol.host import Free, HostLogic, Keep, StartWrite
+from ray_ckpt.protocol.host import Free, HostLogic, Keep, Mirror
 from ray_ckpt.protocol.messages import JobConfig, RestoreResult, RestoreWish, SegmentInfo, Trigger
 from ray_ckpt.protocol.worker import WorkerLogic
 from ray_ckpt.types import Box, Claim, Layout, LeafSpec, LogRecord, ShardReport
@@ -33,7 +33,7 @@ def shard(attempt: str, writer: int) -> ShardReport:
 
 
 class World:
-    """Storage, time and the coordinator. ``hung`` says which I/O never ends."""
+    """Storage, time and the coordinator. ``hung`` says which I/O never ends, ``agents`` the hosts that Ray knows of."""
 
     def __init__(self) -> None:
         self.log: list[LogRecord] = []
@@ -41,6 +41,7 @@ class World:
         self.deleted: list[str] = []
         self.now = 0.0
         self.hung: Callable[[flows.Io], bool] = lambda _: False
+        self.agents: frozenset[str] = frozenset()
         self.restart_coordinator()
 
     def restart_coordinator(self) -> None:
@@ -102,19 +103,25 @@ class World:
                 self.deleted.append(prefix)
             case flows.DeleteClaim(prefix):
                 self.claims.pop(prefix, None)
-            case flows.ReadForeign() | flows.ListPins() | flows.ReadState() | flows.ListAgents():
+            case flows.ReadForeign() | flows.ListPins() | flows.ReadState():
                 return frozenset()
+            case flows.ListAgents():
+                return self.agents
         return None
 
 
 class Host:
-    """One host: its agent, its workers and its snapshot memory. ``writes``: whether shards get written."""
+    """One host: its agent, its workers and its snapshot memory.
+
+    ``writes``: whether shards get written; ``mirrors``: what a peer was to copy.
+    """
 
     def __init__(self, world: World, name: str) -> None:
         self.world = world
         self.logic = HostLogic(name, "1", name=name)
         self.workers: list[WorkerLogic] = []
         self.segments: dict[str, SegmentInfo] = {}
+        self.mirrors: list[Mirror] = []
         self.writes = True
 
     def beat(self) -> None:
@@ -128,7 +135,9 @@ class Host:
                 self.logic.on_freed(action.segment.name)
             elif isinstance(action, Keep):
                 self.segments[action.segment.name] = replace(action.segment, kept=True)
-            elif isinstance(action, StartWrite) and self.writes:
+            elif isinstance(action, Mirror):
+                self.mirrors.append(action)
+            elif self.writes:
                 self.logic.on_written(action, shard(action.order.attempt, action.writer))
         self.world.exchange(self)
 

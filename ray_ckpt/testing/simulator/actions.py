@@ -56,13 +56,13 @@ def index_of(save: Any, metadata: ShardReport) -> bytes:
     return json.dumps({"shards": crcs, "entries": [e for run in runs.values() for e in run["entries"]]}).encode()
 
 
-def perform(io: flows.Io, now: float) -> Callable[[Store], Any]:
+def perform(io: flows.Io, now: float, agents: frozenset[str]) -> Callable[[Store], Any]:
     """The call that carries an action out; what it needs of the changing `SaveState` is fixed now."""
     if isinstance(io, flows.PutMetadata):
         return _put_metadata(io)
     if isinstance(io, flows.PutIndex):
         return _put_index(io)
-    return lambda store: Executor(store, _no_plan, lambda: now).run(io)
+    return lambda store: Executor(store, _no_plan, lambda: now, lambda: agents).run(io)
 
 
 def _no_plan(_: Any) -> NoReturn:

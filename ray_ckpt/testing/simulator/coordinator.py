@@ -41,6 +41,7 @@ class Coordinator(Process):
     def _tick(self) -> None:
         self.world.point(self)
         self.later(TICK_S, self._tick)
+        self.logic.on_nodes(self.world.cluster.nodes(), self.world.now)
         self.logic.on_tick(self.world.now)
         self._pump()
         for agent in list(self._agents.values()):
@@ -96,7 +97,7 @@ class Coordinator(Process):
                 raise result
             self.later(0.001, lambda: self._answer(io_id, result))
 
-        self.use_store(perform(io, self.world.now), done)
+        self.use_store(perform(io, self.world.now, self.world.cluster.agents()), done)
 
     def _answer(self, io_id: int, result: Any) -> None:
         self.world.point(self)
@@ -137,9 +138,10 @@ class Head:
             if host.coordinator is None or not host.coordinator.alive:
                 host.coordinator = new
             else:
-                self.world.at(self.world.rng.uniform(0.0, 3.0), lambda host=host: self._point(host))  # type: ignore[misc]
+                self.world.at(self.world.rng.uniform(0.0, 3.0), lambda host=host: self.meet(host))  # type: ignore[misc]
 
-    def _point(self, host: Host) -> None:
+    def meet(self, host: Host) -> None:
+        """A new host looks for the coordinator."""
         host.coordinator = self.current
 
     def _watch(self) -> None:

@@ -10,6 +10,7 @@ from ray_ckpt.protocol.host import Free, HostLogic, Keep, Mirror, StartWrite
 from ray_ckpt.protocol.messages import HostView, WorkerReport
 from ray_ckpt.testing.simulator.actions import encode_shard, shard_run
 from ray_ckpt.testing.simulator.memory import Slot
+from ray_ckpt.testing.simulator.mirror import Asked
 from ray_ckpt.testing.simulator.world import Process, World
 from ray_ckpt.types import ShardReport
 
@@ -23,9 +24,11 @@ BEAT_S = 0.5
 class Host:
     """A machine. ``coordinator`` is the one its agent talks to at present."""
 
-    def __init__(self, world: World, name: str) -> None:
+    def __init__(self, world: World, number: int) -> None:
         self.world = world
-        self.name = name
+        self.number = number
+        self.name = f"host{number}"
+        self.gone = False
         self.slots: dict[str, Slot] = {}
         self.trainers: dict[str, Trainer] = {}
         self.coordinator: Coordinator | None = None
@@ -40,12 +43,28 @@ class Host:
     def slots_of(self, rank: int, count: int) -> list[Slot]:
         """The segments of a rank, made if they are not there."""
         for number in range(count):
-            name = f"{self.name}/r{rank}.{number}"
-            self.slots.setdefault(name, Slot(name, rank))
-        return [slot for slot in self.slots.values() if slot.rank == rank]
+            self.add_slot(rank, str(number))
+        return [slot for slot in self.slots.values() if slot.rank == rank and not slot.replica]
+
+    def copies_of(self, rank: int) -> list[Slot]:
+        """The segments with copies of what a rank on another host took."""
+        return [slot for slot in self.slots.values() if slot.rank == rank and slot.replica]
+
+    def add_slot(self, rank: int, mark: str, *, replica: bool = False) -> Slot:
+        """The segment of this name, made if it is not there."""
+        name = f"{self.name}/r{rank}.{mark}"
+        return self.slots.setdefault(name, Slot(name, rank, replica))
+
+    def find(self, rank: int, save: tuple[int, int], asker: str) -> Slot | None:
+        """What this host's agent answers who asks for a rank's snapshot: the own one before a copy."""
+        if self.gone or self.agent is None or not self.agent.alive or not self.world.talks(self.name, asker):
+            return None
+        held = [s for s in self.slots.values() if s.whole and s.info and (s.info.rank, s.info.save) == (rank, save)]
+        return min(held, key=lambda slot: slot.replica, default=None)
 
     def lose(self) -> None:
-        """The machine is gone with all that ran and lay on it; an empty one of its name takes its place."""
+        """The machine is gone with all that ran and lay on it."""
+        self.gone = True
         for trainer in self.trainers.values():
             trainer.kill()
         if self.agent is not None:
@@ -70,11 +89,15 @@ class Agent(Process):
         """Its writer tasks mostly die with it; some go on as zombies."""
         super().kill()
         for writer in sorted(self.writers, key=lambda w: w.name):
-            if self.world.faulty("zombie_writer", 0.7):
+            if not self.host.gone and self.world.faulty("zombie_writer", 0.7):
                 writer.lag_s = 3.0
             else:
                 writer.kill()
-        self.world.at(self.world.rng.uniform(0.2, 1.0), self.host.start_agent)
+        self.world.at(self.world.rng.uniform(0.2, 1.0), self._start_again)
+
+    def _start_again(self) -> None:
+        if not self.host.gone:
+            self.host.start_agent()
 
     def _beat(self) -> None:
         self.later(BEAT_S * self.world.rng.uniform(0.8, 1.2), self._beat)
@@ -106,7 +129,7 @@ class Agent(Process):
             elif isinstance(action, Keep):
                 self._keep(action)
             elif isinstance(action, Mirror):
-                self.logic.on_mirrored(action.segment, whole=False)
+                Asked(self, action)
             else:
                 self._write(action)
         self._report()
@@ -134,7 +157,7 @@ class Agent(Process):
             if before is None or after is None or after.workers != before.workers:
                 for name in self.logic.workers:
                     self._tell(self.host.trainers[name])
-            if before is None or after is None or (after.orders, after.decided) != (before.orders, before.decided):
+            if before is None or after is None or _to_do(after) != _to_do(before):
                 self.kick()
 
     def on_worker(self, report: WorkerReport, trainer: Trainer) -> None:
@@ -156,14 +179,14 @@ class Agent(Process):
     def _free(self, action: Free) -> None:
         slot = self.host.slots.get(action.segment.name)
         if slot is not None and slot.whole and slot.fills == action.segment.fills:
-            self.world.oracles.memory.released(slot, action.segment, self)
+            self.world.oracles.memory.freed(slot, action.segment, self)
             slot.release()
         self.logic.on_freed(action.segment.name)
 
     def _keep(self, action: Keep) -> None:
         slot = self.host.slots.get(action.segment.name)
         if slot is not None and slot.state == "sealed" and slot.fills == action.segment.fills:
-            self.world.oracles.memory.released(slot, action.segment, self)
+            self.world.oracles.memory.kept(slot, action.segment, self)
             slot.state = "kept"
 
     def _write(self, start: StartWrite) -> None:
@@ -176,6 +199,10 @@ class Agent(Process):
             self.logic.on_write_failed(start, "no try is left", final=True)
             return
         self.writers.add(Writer(self, slot, start, number))
+
+
+def _to_do(view: HostView) -> tuple[Any, ...]:
+    return view.orders, view.decided, view.kept_from, view.peer
 
 
 class Writer(Process):
@@ -192,7 +219,7 @@ class Writer(Process):
         self._number = number
         self._fills = slot.fills
         slot.users.add(self)
-        self.later(self.world.rng.uniform(0.01, 0.2), self._read)
+        self.later(self.world.rng.uniform(0.01, 0.2) + self.world.scenario.write_s, self._read)
 
     def kill(self) -> None:
         """Let go of the segment; the agent hears of it."""

@@ -14,7 +14,7 @@ from ray_ckpt.testing.simulator.trainer import Trainer
 from ray_ckpt.testing.simulator.world import Process, Violation, World
 from ray_ckpt.types import PRIVATE_DIR
 
-MAX_STARTS = 6
+MAX_STARTS = 8
 
 
 def dispose(trainer: Trainer) -> None:
@@ -35,7 +35,10 @@ class Start:
         self.over = False
         self.requests: dict[str, list[str]] = defaultdict(list)
         size = world.scenario.config(number).world_size
+        world.wish = world.scenario.wish(number)
         hosts = [host for host in hosts if world.hears(host.name)] or hosts
+        if world.scenario.moving:
+            hosts = world.rng.sample(hosts, world.rng.randint(1, len(hosts)))
         shift = world.rng.randrange(len(hosts))
         self.trainers = [Trainer(self, rank, hosts[(rank + shift) % len(hosts)]) for rank in range(size)]
 
@@ -68,9 +71,8 @@ class Start:
 class Job:
     """Restarts the job until a start of it ends well."""
 
-    def __init__(self, world: World, hosts: list[Host], head: Head) -> None:
+    def __init__(self, world: World, head: Head) -> None:
         self.world = world
-        self.hosts = hosts
         self.head = head
         self.starts: list[Start] = []
         self.finished_at: float | None = None
@@ -92,8 +94,12 @@ class Job:
         return self.starts[-1]
 
     def _start(self) -> None:
+        hosts = self.world.cluster.hosts
+        if not hosts:
+            self.world.at(0.5, self._start)
+            return
         self.world.tell("start %d of the job", len(self.starts))
-        self.starts.append(Start(self.world, len(self.starts), self.hosts))
+        self.starts.append(Start(self.world, len(self.starts), hosts))
 
     def _kill_all(self) -> None:
         if self.finished_at is None:

@@ -12,12 +12,14 @@ from ray_ckpt.types import Layout
 
 @dataclass(slots=True, eq=False)
 class Slot:
-    """One segment. ``contents``: for each writer of the rank, the shard's entries."""
+    """One segment. ``contents``: for each writer of the rank, the shard's entries. ``replica``: for copies only."""
 
     name: str
     rank: int
+    replica: bool = False
     state: Literal["empty", "filling", "sealed", "kept"] = "empty"
     fills: int = 0
+    sealed_at: float = 0.0
     owner: Process | None = None
     info: SegmentInfo | None = None
     layout: Layout | None = None
@@ -43,10 +45,13 @@ class Slot:
         self.fills += 1
         self.info, self.layout, self.contents, self.tries = None, None, [], {}
 
-    def seal(self, info: SegmentInfo, layout: Layout, contents: list[list[Any]]) -> None:
-        """Declare it whole."""
+    def seal(
+        self, info: SegmentInfo, layout: Layout, contents: list[list[Any]], now: float, *, keep: bool = False
+    ) -> None:
+        """Declare it whole; ``keep``: for a restart alone."""
         self.info, self.layout, self.contents = info, layout, contents
-        self.state = "sealed"
+        self.sealed_at = now
+        self.state = "kept" if keep else "sealed"
 
     def release(self) -> None:
         """Not needed any more."""

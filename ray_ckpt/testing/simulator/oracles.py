@@ -5,27 +5,33 @@ tensorflow what the `checkpoint` file names is whole
 log        I2, I4, I5: order, epochs, one commit for a save, the newest never goes back
 commits    I9: a commit holds exactly the snapshots that all ranks of one start took at one step
 training   I10, I6: one restore for all ranks, of the newest; what workers are told is true; stops at one step
-memory     I8 and no segment is freed under a writer
+memory     I8: no segment is freed or filled under a writer, nothing is freed too early, memory is bounded (`remembering`)
+recall     what a start takes from memory: one whole save, of the last generation, newer than the newest commit
+saving     one lost host of those with replicas costs no save
 quiet      I6: when nothing fails any more, nothing is left waiting or lying about
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ray_ckpt.testing.simulator.disk import Mutation
-from ray_ckpt.testing.simulator.host import Agent, Writer
+from ray_ckpt.testing.simulator.reading import Read, Rows, as_rows
+from ray_ckpt.testing.simulator.remembering import MemoryOracle, RecallOracle, SavingOracle
 from ray_ckpt.testing.simulator.rule import LOG, damage_of, newest, parsed, top_record
 from ray_ckpt.testing.simulator.scenario import GRACE_S
 from ray_ckpt.testing.simulator.world import Violation, World
 
 if TYPE_CHECKING:
-    from ray_ckpt.protocol.messages import RestoreDecision, SegmentInfo
+    from ray_ckpt.protocol.messages import RestoreDecision
     from ray_ckpt.testing.simulator.job import Reader
-    from ray_ckpt.testing.simulator.memory import Slot
     from ray_ckpt.testing.simulator.trainer import Trainer
     from ray_ckpt.types import Layout
+
+_START_S = 25.0
+"""The deadlines of a start: the saves before it are decided, hosts are heard of, the roll is called."""
 
 STATE = "checkpoint"
 CLAIMS = "_ray_ckpt/claims/"
@@ -46,8 +52,10 @@ class Oracles:
         self.log = LogOracle()
         self.commits = CommitOracle()
         self.files = FileOracle(world, self.log)
-        self.training = TrainingOracle(world, self.log)
-        self.memory = MemoryOracle()
+        self.memory = MemoryOracle(world, self.log)
+        self.recall = RecallOracle(world, self.memory)
+        self.saving = SavingOracle(world, self.log)
+        self.training = TrainingOracle(world, self)
         world.disk.watchers.append(self._on_mutation)
         self._objects = world.disk.objects
 
@@ -57,7 +65,10 @@ class Oracles:
             claim = parsed(mutation.after)
             self.log.generations[claim["attempt"]] = claim["generation"]
         if path.startswith(LOG) and mutation.after is not None:
+            before = self.log.top
             record = self.log.appended(int(path.removeprefix(LOG)), parsed(mutation.after))
+            if record is not None and record["kind"] == "seal":
+                self.recall.sealed(before, record)
             if record is not None and record["kind"] == "commit":
                 self.commits.committed(record["live"][-1], self._objects)
         self.files.changed(mutation)
@@ -137,11 +148,13 @@ class CommitOracle:
         self._taken: dict[str, tuple[int, int, int]] = {}
         self._sizes: dict[int, int] = {}
         self._names: dict[str, set[str]] = {}
+        self._generations: dict[str, int | None] = {}
 
     def taken(self, trainer: Trainer, step: int, layout: Layout) -> str:
         """A rank takes a snapshot; the token stands for its bytes."""
         token = f"{trainer.name}@{step}"
         self._taken[token] = (trainer.start.number, step, trainer.rank)
+        self._generations[token] = trainer.logic.generation
         self._sizes[trainer.start.number] = len(trainer.start.trainers)
         self._names[token] = {leaf.name for leaf in layout.leaves}
         return token
@@ -152,17 +165,23 @@ class CommitOracle:
         self._require(problem is None, f"{checkpoint['prefix']} committed, but {problem}")
         entries = parsed(objects[checkpoint["prefix"] + ".index"])["entries"]
         entries = [e for e in entries if e[0] != "_ray_ckpt"]
+        size = self.judge((checkpoint["generation"], checkpoint["step"]), entries)
+        self._require(size == checkpoint["world_size"], f"{checkpoint} is of {size} ranks")
+
+    def judge(self, save: tuple[int, int], entries: Sequence[Any]) -> int:
+        """These entries are all that one start took at one step, once; the number of its ranks."""
         tokens = {token for *_, token in entries}
         sources = {self._taken[token] for token in tokens}
-        text = f"step {checkpoint['step']} is made of (start, step, rank) {sorted(sources)}"
+        text = f"{save} is made of (start, step, rank) {sorted(sources)}"
         self._require(bool(sources), text)
         start, step, _ = next(iter(sources))
         self._require(sources == {(start, step, rank) for rank in range(self._sizes[start])}, text)
-        self._require(step == checkpoint["step"] and self._sizes[start] == checkpoint["world_size"], text)
+        self._require({(self._generations[token], step) for token in tokens} == {save}, text)
         expected = set().union(*(self._names[token] for token in tokens))
         pieces = [(name, tuple(offset), tuple(shape)) for name, offset, shape, _ in entries]
         self._require(len(pieces) == len(set(pieces)), f"pieces written twice: {sorted(pieces)}")
         self._require({name for name, *_ in pieces} == expected, f"tensors {sorted(p[0] for p in pieces)}")
+        return self._sizes[start]
 
     @staticmethod
     def _require(holds: bool, text: str) -> None:
@@ -243,30 +262,52 @@ def named(objects: dict[str, bytes]) -> list[str]:
 class TrainingOracle:
     """Watches what workers read, hear and do."""
 
-    def __init__(self, world: World, log: LogOracle) -> None:
+    def __init__(self, world: World, oracles: Oracles) -> None:
         self._world = world
-        self._log = log
-        self._reads: dict[tuple[int, int], tuple[int, str | None]] = {}
-        self._started: dict[int, tuple[int, int]] = {}
+        self._log = oracles.log
+        self._commits = oracles.commits
+        self._memory = oracles.memory
+        self._reads: dict[tuple[int, int], tuple[str | None, tuple[int, int] | None]] = {}
+        self._started: dict[int, tuple[tuple[int, int], Rows | None]] = {}
         self._told: set[tuple[str, int]] = set()
 
-    def read(self, trainer: Trainer, decision: RestoreDecision, damage: str | None) -> None:
+    def read(self, trainer: Trainer, decision: RestoreDecision, found: Read) -> None:
         """A rank reads what was decided; what it reads must be what all others read."""
-        chosen = decision.checkpoint.prefix if decision.checkpoint else None
-        self._world.tell("%s reads %s for %s: %s", trainer.name, chosen, decision.key, damage or "whole")
-        _, other = self._reads.setdefault(decision.key, (trainer.rank, chosen))
+        chosen = (decision.checkpoint.prefix if decision.checkpoint else None, decision.snapshot)
+        result = found.damage or ("whole, from memory" if found.remembered else "whole")
+        self._world.tell("%s reads %s for %s: %s", trainer.name, chosen, decision.key, result)
+        other = self._reads.setdefault(decision.key, chosen)
         self._require(other == chosen, f"{trainer.name} reads {chosen} for {decision.key}, another rank {other}")
         current = self._log.top["generation"]["number"]
         stale = decision.generation != current or trainer.start.over
-        self._require(damage is None or stale, f"{trainer.name} cannot read {chosen}: {damage}")
+        excused = decision.snapshot is not None and RecallOracle.is_excused(self._world)
+        self._require(not found.damage or stale or excused, f"{trainer.name} cannot read {chosen}: {found.damage}")
+        if found.remembered and found.rows is not None:
+            self._judge_remembered(decision, found.rows)
+
+    def _judge_remembered(self, decision: RestoreDecision, rows: Rows) -> None:
+        """What was read from memory is one whole save, and what the chosen checkpoint holds, if it is one."""
+        checkpoint = decision.checkpoint
+        save = decision.snapshot or ((checkpoint.generation, checkpoint.step) if checkpoint else (-1, -1))
+        self._commits.judge(save, sorted(rows))
+        index = self._world.disk.objects.get(f"{checkpoint.prefix}.index") if checkpoint else None
+        if index is not None:
+            stored = as_rows(e for e in parsed(index)["entries"] if e[0] != "_ray_ckpt")
+            self._require(stored == rows, f"{checkpoint} holds {stored}, and {rows} was read from memory")
 
     def started(self, trainer: Trainer) -> None:
         """A rank begins to train."""
         restore = trainer.logic.restore
         assert restore is not None
         self._world.tell("%s trains from %s", trainer.name, trainer.logic.restored_step)
-        key = self._started.setdefault(trainer.start.number, restore.key)
-        self._require(key == restore.key, f"{trainer.name} starts from {restore.key}, another rank from {key}")
+        self._memory.begun.add(restore.generation)
+        mine = restore.key, trainer.origin.rows if trainer.origin else None
+        other = self._started.setdefault(trainer.start.number, mine)
+        self._require(other == mine, f"{trainer.name} starts from {mine}, another rank from {other}")
+        self._require(mine[1] is not None, f"{trainer.name} trains, but has read nothing")
+        waited = self._world.now - trainer.start.begun
+        quick = RecallOracle.is_excused(self._world) or waited < _START_S
+        self._require(quick, f"{trainer.name} has waited {waited:.1f} s for its start")
         self._check_choice(trainer, restore)
 
     def _check_choice(self, trainer: Trainer, restore: RestoreDecision) -> None:
@@ -282,6 +323,11 @@ class TrainingOracle:
         best = newest(before)
         if wish.kind == "step":
             best = [c for c in before["live"] if c["step"] == wish.step][-1]
+        if restore.snapshot is not None:
+            sealed = self._log.history[seals[0]]["generation"]["snapshot"]
+            self._require(tuple(sealed) == restore.snapshot, f"{trainer.name} starts from {restore}, not {sealed}")
+            self._require(wish.kind == "newest", f"{trainer.name} starts from {restore}, and asked for {wish}")
+            return
         expected = best["prefix"] if best else None
         chosen = restore.checkpoint.prefix if restore.checkpoint else None
         self._require(chosen == expected, f"{trainer.name} starts from {chosen}, expected {expected}")
@@ -308,15 +354,3 @@ class TrainingOracle:
     def _require(holds: bool, text: str) -> None:
         if not holds:
             raise Violation("training", text)
-
-
-class MemoryOracle:
-    """Watches the segments."""
-
-    def released(self, slot: Slot, segment: SegmentInfo, agent: Agent) -> None:
-        """A segment is being freed. A zombie of an agent that is gone notices that it holds something else."""
-        writers = [w.name for w in slot.users if isinstance(w, Writer) and w.agent is agent]
-        if writers:
-            raise Violation("memory", f"{slot.name} is freed while {writers} use it")
-        if slot.info != segment or slot.state != "sealed":
-            raise Violation("memory", f"{slot.name} is {slot.state} with {slot.info}, but freed for {segment}")

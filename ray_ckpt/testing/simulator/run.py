@@ -8,8 +8,8 @@ from functools import lru_cache
 from unittest.mock import patch
 
 from ray_ckpt.log import decode_record, records
+from ray_ckpt.testing.simulator.cluster import Cluster
 from ray_ckpt.testing.simulator.coordinator import Head
-from ray_ckpt.testing.simulator.host import Host
 from ray_ckpt.testing.simulator.job import Job, Reader
 from ray_ckpt.testing.simulator.oracles import Oracles, named, prefix_of
 from ray_ckpt.testing.simulator.rule import newest, top_record
@@ -69,18 +69,16 @@ class Simulation:
     def __init__(self, world: World) -> None:
         self.world = world
         world.oracles = Oracles(world)
-        self.hosts = [Host(world, f"host{number}") for number in range(world.scenario.hosts)]
-        for host in self.hosts:
-            host.start_agent()
-        self.head = Head(world, self.hosts)
-        self.job = Job(world, self.hosts, self.head)
+        self.cluster = Cluster(world)
+        self.head = Head(world, self.cluster.hosts)
+        self.cluster.on_new = self.head.meet
+        self.cluster.plan_losses()
+        self.job = Job(world, self.head)
         for number, at in enumerate(world.scenario.readers):
             world.at(at, lambda number=number: self._read(number))  # type: ignore[misc]
         if world.faulty("partition"):
             for _ in range(3):
                 world.at(world.rng.uniform(0.0, world.scenario.horizon), self._partition)
-        if world.faulty("crash_host"):
-            world.at(world.rng.uniform(0.5, world.scenario.horizon), self._lose_host)
 
     def run(self) -> Result:
         """Let everything happen until it is quiet."""
@@ -109,14 +107,11 @@ class Simulation:
         self.world.oracles.files.readers.append(Reader(self.world, number))
 
     def _partition(self) -> None:
-        host = self.world.rng.choice(self.hosts)
+        if not self.cluster.hosts:
+            return
+        host = self.world.rng.choice(self.cluster.hosts)
         cut = self.world.rng.choice((self.world.isolate, self.world.deafen))
         cut(host.name, self.world.rng.uniform(0.5, 6.0))
-
-    def _lose_host(self) -> None:
-        host = self.world.rng.choice(self.hosts)
-        self.world.tell("%s is lost", host.name)
-        host.lose()
 
     def _quiet(self) -> bool:
         world, head = self.world, self.head.current
@@ -126,14 +121,14 @@ class Simulation:
             and head is not None
             and head.alive
             and head.logic.idle
-            and all(host.agent is not None and host.agent.alive and host.agent.logic.idle for host in self.hosts)
+            and all(host.agent is not None and host.agent.alive and host.agent.logic.idle for host in self.cluster.hosts)
             and not any(t.alive for start in self.job.starts for t in start.trainers)
         )
 
     def _waiting(self) -> str:
         head = self.head.current
         alive = [t for start in self.job.starts for t in start.trainers if t.alive]
-        busy = [host.name for host in self.hosts if host.agent is None or not host.agent.logic.idle]
+        busy = [host.name for host in self.cluster.hosts if host.agent is None or not host.agent.logic.idle]
         return (
             f"job finished at {self.job.finished_at}, workers {[(t.name, t.logic.late) for t in alive]}, busy {busy}, "
             f"coordinator {head.logic.status() if head else None}"
@@ -151,10 +146,11 @@ class Simulation:
         orphans = [path for path in objects if (prefix_of(path) or live[:1]) not in (*live, live[:1])]
         orphans = [path for path in orphans if path not in late]
         self._require(not orphans, f"never swept: {orphans}")
-        sealed = [slot.name for host in self.hosts for slot in host.slots.values() if slot.state == "sealed"]
+        sealed = [slot.name for host in self.cluster.hosts for slot in host.slots.values() if slot.state == "sealed"]
         self._require(not sealed, f"segments never freed: {sealed}")
         waiting = {t.name: t.waiting_requests for t in self.job.last.trainers if t.waiting_requests}
         self._require(not waiting, f"requests without an outcome: {waiting}")
+        self.world.oracles.saving.judge_end()
 
     @staticmethod
     def _require(holds: bool, text: str) -> None:

@@ -11,7 +11,15 @@ from ray_ckpt.protocol.messages import JobConfig, Overlap, RestoreWish
 
 NETWORK_FAULTS = ("loss", "duplicate", "delay", "partition")
 STORE_FAULTS = ("store_error", "late_effect", "slow_store", "stale_list")
-CRASH_FAULTS = ("crash_coordinator", "crash_agent", "crash_worker", "crash_writer", "crash_host", "kill_job")
+CRASH_FAULTS = (
+    "crash_coordinator",
+    "crash_agent",
+    "crash_worker",
+    "crash_writer",
+    "crash_host",
+    "false_death",
+    "kill_job",
+)
 ZOMBIE_FAULTS = ("zombie_coordinator", "zombie_worker", "zombie_writer")
 FAULTS = (*NETWORK_FAULTS, *STORE_FAULTS, *CRASH_FAULTS, *ZOMBIE_FAULTS)
 
@@ -26,7 +34,9 @@ class Scenario:
     ``slack``: how many steps a rank may be ahead of the slowest one of its start (collectives), None for any.
     ``explicit``: steps at which all ranks call `save()`; ``requests``: times (s) of requests, alternately by a
     worker and by the driver; ``stop_at``: time of a stop request; ``change_at``: step from which the state has
-    another structure; ``kill_at``: times at which the whole job is killed. ``horizon``: faults end here.
+    another structure; ``kill_at``: times at which the whole job is killed, ``lose_at``: a host is lost. ``horizon``:
+    faults end here. ``moving``: a start may be placed on some of the hosts only; ``slice_size``: so many hosts are one
+    failure domain (0: each is); ``write_s``: how long a writer takes at least.
     ``crashes``: process kind -> numbers of the crash points at which one is killed.
     """
 
@@ -49,6 +59,12 @@ class Scenario:
     change_at: int | None = None
     readers: tuple[float, ...] = ()
     kill_at: tuple[float, ...] = ()
+    memory_steps: int | None = None
+    replicas: int = 0
+    lose_at: tuple[float, ...] = ()
+    moving: bool = False
+    slice_size: int = 0
+    write_s: float = 0.0
     horizon: float = 10.0
     interleaved: bool = False
     faults: frozenset[str] = frozenset()
@@ -60,14 +76,16 @@ class Scenario:
             world_size=self.world_sizes[min(start, len(self.world_sizes) - 1)],
             save_steps=self.save_steps,
             save_secs=self.save_secs,
+            memory_steps=self.memory_steps,
+            replicas=self.replicas,
             stride=self.stride,
             overlap=self.overlap,
             slots=self.slots,
             max_to_keep=self.max_to_keep,
-            save_timeout_s=15.0,
-            settle_timeout_s=6.0,
+            save_timeout_s=15.0 + 2 * self.write_s,
+            settle_timeout_s=6.0 + 2 * self.write_s,
             host_timeout_s=4.0,
-            delete_grace_s=GRACE_S,
+            delete_grace_s=GRACE_S + 2 * self.write_s,
             start=f"{start:03d}",
         )
 
@@ -84,12 +102,16 @@ def draw(seed: int) -> Scenario:
         return _draw_twins(seed, rng)
     if special < 0.15:
         return _draw_return(seed, rng)
+    if special < 0.25:
+        return _draw_recall(seed, rng)
+    if special < 0.35:
+        return _draw_loss(seed, rng)
     return _draw_swarm(seed, rng)
 
 
 def _draw_twins(seed: int, rng: random.Random) -> Scenario:
     """Workers of a start that is over reach the same steps as those of the next one, which is as large."""
-    faults = {"kill_job", "zombie_worker", "partition", *rng.sample(FAULTS, 2)} - {"crash_host"}
+    faults = {"kill_job", "zombie_worker", "partition", *rng.sample(FAULTS, 2)} - {"crash_host", "false_death"}
     return Scenario(
         seed=seed,
         hosts=4,
@@ -111,6 +133,49 @@ def _draw_return(seed: int, rng: random.Random) -> Scenario:
         max_to_keep=rng.choice((2, 3, None)),
         kill_at=(rng.uniform(4.0, 6.0), rng.uniform(6.5, 9.0)),
         faults=frozenset({"kill_job", *rng.sample(FAULTS, 2)}),
+    )
+
+
+def _draw_recall(seed: int, rng: random.Random) -> Scenario:
+    """Restarts find more in memory than in the store."""
+    faults = {"kill_job", *rng.sample(FAULTS, rng.choice((0, 0, 1, 2)))}
+    hosts = rng.randint(1, 3)
+    return Scenario(
+        seed=seed,
+        hosts=hosts,
+        world_sizes=tuple(rng.randint(1, hosts + 1) for _ in range(3)),
+        steps=14,
+        slack=rng.choice((0, 1, 3)),
+        save_steps=rng.choice((3, 5, 20)),
+        memory_steps=rng.choice((1, 2)),
+        slots=rng.choice((2, 2, 3)),
+        replicas=rng.choice((0, 0, 1)),
+        kill_at=tuple(sorted(rng.uniform(1.5, 9.0) for _ in range(rng.randint(1, 3)))),
+        moving=rng.random() < 0.5,
+        horizon=12.0,
+        faults=frozenset(faults),
+    )
+
+
+def _draw_loss(seed: int, rng: random.Random) -> Scenario:
+    """Hosts are lost while their snapshots are written."""
+    hosts = rng.randint(2, 4)
+    return Scenario(
+        seed=seed,
+        hosts=hosts,
+        world_sizes=(rng.randint(2, hosts + 1),),
+        steps=14,
+        save_steps=rng.choice((2, 3)),
+        memory_steps=rng.choice((None, None, 1)),
+        slots=rng.choice((2, 3)),
+        replicas=1,
+        two_writers=rng.random() < 0.3,
+        lose_at=tuple(sorted(rng.uniform(2.0, 8.0) for _ in range(rng.choice((1, 1, 2))))),
+        moving=rng.random() < 0.3,
+        slice_size=rng.choice((0, 0, 2)),
+        write_s=rng.choice((0.0, 2.0, 4.0)),
+        horizon=12.0,
+        faults=frozenset(rng.sample(FAULTS, rng.choice((0, 0, 0, 1, 2)))),
     )
 
 
@@ -143,6 +208,11 @@ def _draw_swarm(seed: int, rng: random.Random) -> Scenario:
         kill_at=tuple(rng.uniform(0.5, 10.0) for _ in range(rng.choice((1, 2, 2)))) if "kill_job" in faults else (),
         interleaved=rng.random() < 0.3,
         faults=faults,
+        memory_steps=rng.choice((None, None, 1, 2, 3)),
+        replicas=rng.choice((0, 0, 1)),
+        moving=rng.random() < 0.2,
+        slice_size=rng.choice((0, 0, 0, 2)),
+        write_s=rng.choice((0.0, 0.0, 0.0, 2.0)),
     )
 
 

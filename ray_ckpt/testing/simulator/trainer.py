@@ -10,7 +10,7 @@ from ray_ckpt.protocol.messages import RestoreResult, SegmentInfo, Trigger, Work
 from ray_ckpt.protocol.worker import Due, WorkerLogic
 from ray_ckpt.testing.simulator.host import Host
 from ray_ckpt.testing.simulator.memory import Slot
-from ray_ckpt.testing.simulator.rule import damage_of
+from ray_ckpt.testing.simulator.reading import Read, read
 from ray_ckpt.testing.simulator.world import Process
 from ray_ckpt.types import Box, Layout, LeafSpec
 
@@ -55,6 +55,7 @@ class Trainer(Process):
         self.ended_well = False
         self.failure: str | None = None
         self.stopped_at: int | None = None
+        self.origin: Read | None = None
         self._layout: Layout | None = None
         self.step = -1
         self.progress: int | None = None
@@ -150,28 +151,27 @@ class Trainer(Process):
         yield from self._finish()
 
     def _restore(self) -> Thread:
-        read: tuple[int, int] | None = None
+        known: tuple[int, int] | None = None
         give_up = self.world.now + START_WAIT_S
         while not self.logic.restore_done:
-            yield lambda read=read: self._restore_news(read) or self.world.now > give_up  # type: ignore[misc]
+            yield lambda known=known: self._restore_news(known) or self.world.now > give_up  # type: ignore[misc]
             self._check()
             if self.world.now > give_up:
                 raise TrainingError(f"no start within {START_WAIT_S} s: {self.logic.late}")
             decision = self.logic.restore
-            if decision is None or decision.key == read:
+            if decision is None or decision.key == known:
                 continue
-            yield self.world.rng.uniform(0.05, 0.8)
-            read = decision.key
-            damage = damage_of(self.world.disk.objects, decision.checkpoint.prefix) if decision.checkpoint else None
-            self.world.oracles.training.read(self, decision, damage)
+            known = decision.key
+            self.origin = yield from read(self, decision)
+            self.world.oracles.training.read(self, decision, self.origin)
             if self.logic.restore is decision:
-                self.logic.restore_read(RestoreResult(*decision.key, damage))
+                self.logic.restore_read(RestoreResult(*decision.key, self.origin.damage))
                 self.report()
         self.world.oracles.training.started(self)
 
-    def _restore_news(self, read: tuple[int, int] | None) -> bool:
+    def _restore_news(self, known: tuple[int, int] | None) -> bool:
         decision = self.logic.restore
-        news = decision is not None and decision.key != read
+        news = decision is not None and decision.key != known
         return news or self.logic.restore_done or self.logic.error is not None
 
     def _check(self) -> None:
@@ -183,7 +183,9 @@ class Trainer(Process):
         due = self.logic.arrive(step, ask=ask)
         if due is None:
             return
-        if due.snapshot is not None:
+        if due.snapshot == "memory":
+            yield from self._remember(due.step)
+        elif due.snapshot is not None:
             yield from self._snapshot(due.step, due.snapshot)
         if due.stop is not None:
             yield from self._stop(due)
@@ -197,9 +199,18 @@ class Trainer(Process):
             if stop.error is not None:
                 raise TrainingError(stop.error)
 
-    def _snapshot(self, step: int, trigger: Trigger) -> Thread:
+    def _remember(self, step: int) -> Thread:
+        """A snapshot for a restart alone: only where plan and memory are at hand."""
+        mine, slot = self._layout_at(step), self._free_slot()
+        if mine == self._layout and self.logic.plan_ready is not None and slot is not None:
+            yield from self._fill(slot, mine, step, "memory")
+
+    def _layout_at(self, step: int) -> Layout:
         changed = self.scenario.change_at is not None and step >= self.scenario.change_at
-        mine = layout(self.rank, changed, self.scenario.two_writers)
+        return layout(self.rank, changed, self.scenario.two_writers)
+
+    def _snapshot(self, step: int, trigger: Trigger) -> Thread:
+        mine = self._layout_at(step)
         if mine != self._layout:
             self._layout = mine
             self.logic.set_layout(mine, step)
@@ -222,11 +233,11 @@ class Trainer(Process):
 
     def _free_slot(self) -> Slot | None:
         slots = self.host.slots_of(self.rank, self.scenario.slots)
-        return min(
-            (slot for slot in slots if slot.free), key=lambda slot: (slot.state == "kept", slot.fills), default=None
-        )
+        free = [slot for slot in slots if slot.free]
+        return min(free, key=lambda slot: (slot.state == "kept", slot.sealed_at), default=None)
 
     def _fill(self, slot: Slot, mine: Layout, step: int, trigger: Trigger) -> Thread:
+        self.world.oracles.memory.filling(self.host, slot)
         slot.begin(self)
         plan, generation = self.logic.plan, self.logic.generation
         assert plan is not None
@@ -248,9 +259,12 @@ class Trainer(Process):
             digests=tuple((mine.leaves[leaf].name, step) for leaf in plan.checks),
             name=slot.name,
         )
-        slot.seal(info, mine, [rows[w.first : w.stop] for w in plan.writers])
+        keep = trigger == "memory" and not self.scenario.replicas
+        slot.seal(info, mine, [rows[w.first : w.stop] for w in plan.writers], self.world.now, keep=keep)
         self.world.tell("%s sealed step %d of generation %d (%s)", self.name, step, generation, trigger)
-        self.logic.snapshotted(step, trigger)
+        self.world.oracles.memory.sealed(self.host, slot)
+        if trigger != "memory":
+            self.logic.snapshotted(step, trigger)
         self.report()
 
     def _finish(self) -> Thread:

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from ray_ckpt.errors import StorageError
 from ray_ckpt.log.records import LOG
+from ray_ckpt.protocol.messages import RestoreWish
 from ray_ckpt.storage import Store
 from ray_ckpt.testing.simulator.disk import Call, Disk, Op
 from ray_ckpt.testing.simulator.scenario import Scenario
 
 if TYPE_CHECKING:
+    from ray_ckpt.testing.simulator.cluster import Cluster
     from ray_ckpt.testing.simulator.oracles import Oracles
 
 CRASH_RATE = 0.004
@@ -35,7 +37,7 @@ class Violation(AssertionError):
 
 
 class World:
-    """Clock, dice, wires, disk and the story of one run."""
+    """Clock, dice, wires, disk and the story of one run. ``wish``: what the newest start of the job wants."""
 
     def __init__(self, scenario: Scenario) -> None:
         self.scenario = scenario
@@ -43,6 +45,8 @@ class World:
         self.now = 0.0
         self.disk = Disk()
         self.oracles: Oracles
+        self.cluster: Cluster
+        self.wish: RestoreWish | None = None
         self.story: list[tuple[float, str, tuple[Any, ...]]] = []
         self.points: Counter[str] = Counter()
         self.events = 0
@@ -111,6 +115,10 @@ class World:
         """Whether a message can pass from one place to the other now."""
         connected = all(self._isolated.get(where, -1.0) <= self.now for where in (source, target))
         return source == target or (connected and self.hears(target))
+
+    def talks(self, one: str, other: str) -> bool:
+        """Whether questions and answers pass between two places now."""
+        return self.reachable(one, other) and self.reachable(other, one)
 
     def send(self, source: str, target: str, deliver: Callable[[], None]) -> None:
         """One message; it may be lost, doubled, late, and so come out of order."""
