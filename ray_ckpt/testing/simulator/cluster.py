@@ -14,13 +14,14 @@ _FOR_EVER_S = 1e6
 class Cluster:
     """``hosts`` are those that Ray places work on. A lost one never comes back; a new one may, under another name.
 
-    ``on_loss`` hears of a host right before it is gone.
+    ``on_new`` hears of a new host; ``placed``: by rank, where the newest start of the job runs.
     """
 
     def __init__(self, world: World) -> None:
         self.world = world
         self.hosts: list[Host] = []
         self.on_new: Callable[[Host], None] = lambda _: None
+        self.placed: list[str] = []
         self._all: dict[str, Host] = {}
         self._dead: frozenset[str] = frozenset()
         world.cluster = self
@@ -52,6 +53,11 @@ class Cluster:
     def agents(self) -> frozenset[str]:
         """The hosts with an agent, as Ray says; be it one that is just being restarted."""
         return frozenset(host.name for host in self.hosts)
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether the newest start of the job runs on several hosts."""
+        return len({name for name in self.placed if self.named(name) in self.hosts}) > 1
 
     @property
     def running(self) -> list[Host]:

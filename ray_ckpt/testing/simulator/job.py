@@ -41,6 +41,7 @@ class Start:
             hosts = world.rng.sample(hosts, world.rng.randint(1, len(hosts)))
         shift = world.rng.randrange(len(hosts))
         self.trainers = [Trainer(self, rank, hosts[(rank + shift) % len(hosts)]) for rank in range(size)]
+        world.cluster.placed = [trainer.where for trainer in self.trainers]
 
     def may_enter(self, step: int) -> bool:
         """Whether the collectives before this step are through; nothing holds back what has been cut off."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -41,14 +41,24 @@ def slots_of(hosts: Iterable[Host]) -> list[Slot]:
     return [slot for host in hosts for slot in host.slots.values()]
 
 
+def doubled(hosts: Sequence[Host], save: Save) -> bool:
+    """Whether any one of these hosts may be lost, and the rest still holds all of a save."""
+    return len(hosts) > 1 and all(whole(slots_of(h for h in hosts if h is not lost), save) for lost in hosts)
+
+
 class MemoryOracle:
-    """Watches the segments. ``since``: from when on a snapshot was whole for the first time."""
+    """Watches the segments.
+
+    ``since``: from when on a snapshot was whole for the first time; ``doubled``: those that any one host could be lost
+    of at some time; ``begun``: the generations that train.
+    """
 
     def __init__(self, world: World, log: LogOracle) -> None:
         self._world = world
         self._log = log
         self._taken: dict[tuple[int, Save], Rows] = {}
         self.since: dict[Save, float] = {}
+        self.doubled: set[Save] = set()
         self.begun: set[int] = set()
 
     def filling(self, host: Host, slot: Slot) -> None:
@@ -68,11 +78,12 @@ class MemoryOracle:
         taken = self._taken.setdefault((slot.info.rank, slot.info.save), rows)
         self._require(rows == taken, f"{slot.name} holds {rows}, but {taken} was taken")
         self._require(slot.replica == slot.info.replica, f"{slot.name} is sealed as {slot.info}")
-        where = [s for h in self._world.cluster.running if h is not host for s in h.slots.values()]
-        if slot.replica:
-            self._require(not host.gone, f"{slot.name} is sealed on a host that is gone")
-        if whole([*where, *host.slots.values()], slot.info.save):
-            self.since.setdefault(slot.info.save, self._world.now)
+        self._require(not host.gone, f"{slot.name} is sealed on a host that is gone")
+        hosts, save = self._world.cluster.running, slot.info.save
+        if whole(slots_of(hosts), save):
+            self.since.setdefault(save, self._world.now)
+            if doubled(hosts, save):
+                self.doubled.add(save)
 
     def kept(self, slot: Slot, segment: SegmentInfo, agent: Agent) -> None:
         """A segment may be overwritten from now on."""
@@ -83,8 +94,14 @@ class MemoryOracle:
         """A segment is emptied: what a restart would take instead must have been there."""
         self._require_unused(slot, agent, "freed")
         self._require_held(slot, segment, ("sealed", "kept"))
+        hosts = self._world.cluster.hosts
         newer = any(save > segment.save for save in self.since)
-        self._require(newer, f"{slot.name} with {segment.save} is freed, and nothing newer was ever whole")
+        lost = not newer and whole(slots_of(hosts), segment.save)
+        self._require(not lost, f"{slot.name} with {segment.save} is freed, and nothing newer was ever whole")
+        copied = self._world.scenario.replicas and self._world.cluster.is_spread
+        newer = not copied or any(save > segment.save for save in self.doubled)
+        lost = not newer and doubled(hosts, segment.save)
+        self._require(not lost, f"{slot.name} with {segment.save} is freed, and nothing newer could lose a host")
         generation, view = self._log.top["generation"], agent.logic.view
         chosen = generation is not None and generation["snapshot"] and tuple(generation["snapshot"]) == segment.save
         if chosen and view is not None and view.oldest_generation == generation["number"]:
