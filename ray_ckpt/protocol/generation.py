@@ -268,15 +268,9 @@ class Generations:
         if self.forming is not forming or not self._is_complete(forming):
             forming.sealing = False
             return
-        wish = self._wish_of(forming)
-        problem = self._problem(wish, forming.config)
-        if problem:
-            self._fail(forming, problem)
-            return
-        chosen = self._choose(wish, frozenset())
-        members = dict(forming.members)
+        wish, members = self._wish_of(forming), dict(forming.members)
         self._ledger.submit(
-            lambda head: self._seal_record(head, forming, chosen, wish),
+            lambda head: self._seal_record(head, forming, wish),
             lambda record: self._sealed(record, forming, members),
         )
 
@@ -329,9 +323,15 @@ class Generations:
         snapshot = self._recall.newer_than(newest, [b for b in bad if not isinstance(b, str)])
         return Choice(newest) if snapshot is None else Choice(None, snapshot)
 
-    def _seal_record(self, head: LogRecord, forming: Forming, chosen: Choice, wish: RestoreWish) -> LogRecord | None:
+    def _seal_record(self, head: LogRecord, forming: Forming, wish: RestoreWish) -> LogRecord | None:
         if self.forming is not forming:
             return None
+        problem = self._problem(wish, forming.config)
+        if problem:
+            self._fail(forming, problem)
+            return None
+        # Of this very head: the generation before may have fallen back to another choice a moment ago.
+        chosen = self._choose(wish, frozenset())
         number = head.generation.number + 1 if head.generation else 1
         generation = Generation(number, forming.config.world_size, chosen.step, snapshot=chosen.snapshot)
         keep = (wish.kind == "none" and not forming.config.fresh) or chosen.snapshot is not None
@@ -440,10 +440,12 @@ class Generations:
         where = decision.checkpoint.prefix if decision is not None and decision.checkpoint else "?"
         if current.snapshot is not None:
             where = f"the snapshot of step {current.snapshot[1]} in host memory"
-        if chosen.step is None:
+        if chosen.step is None and current.snapshot is None:
             self._give_up(f"{where} cannot be read (rank {rank}: {what})", wish)
             return
-        self.note = f"{where} is damaged (rank {rank}: {what}): taking step {chosen.step} instead"
+        # That memory is lost happens; without a checkpoint the job begins again then.
+        instead = "starting afresh" if chosen.step is None else f"taking step {chosen.step}"
+        self.note = f"{where} is damaged (rank {rank}: {what}): {instead} instead"
         self._falling_back = True
         self._ledger.submit(lambda head: self._fall_back_record(head, current, chosen), lambda _: self._fallen_back())
 

@@ -49,16 +49,15 @@ def doubled(hosts: Sequence[Host], save: Save) -> bool:
 class MemoryOracle:
     """Watches the segments.
 
-    ``since``: from when on a snapshot was whole for the first time; ``doubled``: those that any one host could be lost
-    of at some time; ``begun``: the generations that train.
+    ``since``: from when on a snapshot was whole for the first time; ``begun``: the generations that train.
     """
 
     def __init__(self, world: World, log: LogOracle) -> None:
         self._world = world
         self._log = log
+        self._seen: dict[tuple[Save, str, int], dict[int, set[str]]] = {}
         self._taken: dict[tuple[int, Save], Rows] = {}
         self.since: dict[Save, float] = {}
-        self.doubled: set[Save] = set()
         self.begun: set[int] = set()
 
     def filling(self, host: Host, slot: Slot) -> None:
@@ -79,11 +78,21 @@ class MemoryOracle:
         self._require(rows == taken, f"{slot.name} holds {rows}, but {taken} was taken")
         self._require(slot.replica == slot.info.replica, f"{slot.name} is sealed as {slot.info}")
         self._require(not host.gone, f"{slot.name} is sealed on a host that is gone")
-        hosts, save = self._world.cluster.running, slot.info.save
-        if whole(slots_of(hosts), save):
-            self.since.setdefault(save, self._world.now)
-            if doubled(hosts, save):
-                self.doubled.add(save)
+        info = slot.info
+        self._seen.setdefault((info.save, info.plan_id, info.world_size), {}).setdefault(info.rank, set()).add(host.name)
+        if whole(slots_of(self._world.cluster.running), info.save):
+            self.since.setdefault(info.save, self._world.now)
+
+    def seen(self, save: Save, hosts: int = 1) -> bool:
+        """Whether each rank's part of a save has lain on so many hosts, at whatever times.
+
+        What is known of a host's memory is older than what lies there, so more cannot be asked of who decides.
+        """
+        return any(
+            len(parts) == size and all(len(where) >= hosts for where in parts.values())
+            for (of, _, size), parts in self._seen.items()
+            if of == save
+        )
 
     def kept(self, slot: Slot, segment: SegmentInfo, agent: Agent) -> None:
         """A segment may be overwritten from now on."""
@@ -95,11 +104,12 @@ class MemoryOracle:
         self._require_unused(slot, agent, "freed")
         self._require_held(slot, segment, ("sealed", "kept"))
         hosts = self._world.cluster.hosts
-        newer = any(save > segment.save for save in self.since)
+        later = {save for save, *_ in self._seen if save > segment.save}
+        newer = any(self.seen(save) for save in later)
         lost = not newer and whole(slots_of(hosts), segment.save)
         self._require(not lost, f"{slot.name} with {segment.save} is freed, and nothing newer was ever whole")
         copied = self._world.scenario.replicas and self._world.cluster.is_spread
-        newer = not copied or any(save > segment.save for save in self.doubled)
+        newer = not copied or any(self.seen(save, 2) for save in later)
         lost = not newer and doubled(hosts, segment.save)
         self._require(not lost, f"{slot.name} with {segment.save} is freed, and nothing newer could lose a host")
         generation, view = self._log.top["generation"], agent.logic.view
@@ -145,7 +155,7 @@ class RecallOracle:
         eligible = save[0] == old["number"] or save == _save_of(old)
         self._require(eligible, f"generation {new['number']} takes {save}, but the one before is {old}")
         self._require(save > commit, f"{save} is taken from memory, {commit} is committed")
-        self._require(save in self._memory.since, f"{save} was never whole in memory")
+        self._require(self._memory.seen(save), f"{save} was never whole in memory")
         self._require(new["restored_step"] == save[1], f"{new} names another step than its snapshot")
         self._require(newest(record) == best, f"a snapshot was taken, and the newest checkpoint is no more {best}")
         self._judge_missed(old, max(save, commit))
