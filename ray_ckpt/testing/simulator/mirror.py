@@ -28,7 +28,7 @@ class Asked:
         self._agent = agent
         self._segment = action.segment
         self._open = True
-        agent.later(_PATIENCE_S, self.end)
+        agent.later(_PATIENCE_S, lambda: self._end(whole=False))
         peer = agent.world.cluster.named(action.peer)
         if peer is not None:
             agent.world.send(agent.where, peer.name, lambda: self._arrive(peer))
@@ -37,33 +37,33 @@ class Asked:
         if peer.agent is not None and peer.agent.alive:
             Copy(peer.agent, self._agent.host, self._segment, self._answer)
 
-    def _answer(self, peer: str) -> None:
-        self._agent.world.send(peer, self._agent.where, self.end)
+    def _answer(self, peer: str, whole: bool) -> None:
+        self._agent.world.send(peer, self._agent.where, lambda: self._end(whole=whole))
 
-    def end(self) -> None:
+    def _end(self, *, whole: bool) -> None:
         """The peer has its copy, or will not have one."""
         if self._open and self._agent.alive:
             self._open = False
-            self._agent.logic.on_mirrored(self._segment)
+            self._agent.logic.on_mirrored(self._segment, whole=whole)
             self._agent.kick()
 
 
 class Copy:
     """The peer's side: one snapshot on its way into this host's memory. It dies with the agent."""
 
-    def __init__(self, agent: Agent, source: Host, segment: SegmentInfo, done: Callable[[str], None]) -> None:
+    def __init__(self, agent: Agent, source: Host, segment: SegmentInfo, done: Callable[[str, bool], None]) -> None:
         self._agent = agent
         self._source = source
         self._done = done
         self._pieces: list[list[Any]] = []
         if agent.logic.has_copy(segment):
-            self._end()
+            self._end(whole=True)
             return
         found = source.find(segment.rank, segment.save, agent.where)
         room = self._room(segment.rank)
         if found is None or room is None:
             agent.world.tell("%s cannot copy %s: %s, %s", agent.name, segment.save, found, room)
-            self._end()
+            self._end(whole=False)
             return
         self._from, self._fills = found, found.fills
         self._slot = room
@@ -89,7 +89,7 @@ class Copy:
         lives = not self._source.gone and self._source.agent is not None and self._source.agent.alive
         if not (reached and lives and self._from.whole and self._from.fills == self._fills):
             self._slot.release()
-            self._end()
+            self._end(whole=False)
             return
         count, got = len(self._from.contents), len(self._pieces)
         stop = count if got + 1 == _PIECES else count // _PIECES
@@ -113,8 +113,8 @@ class Copy:
         self._slot.seal(copy, layout, contents, self._agent.world.now, keep=copy.trigger == "memory")
         self._agent.world.tell("%s has a copy of rank %d of %s", self._agent.name, info.rank, info.save)
         self._agent.world.oracles.memory.sealed(self._agent.host, self._slot)
-        self._end()
+        self._end(whole=True)
 
-    def _end(self) -> None:
+    def _end(self, *, whole: bool) -> None:
         self._agent.kick()
-        self._done(self._agent.where)
+        self._done(self._agent.where, whole)

@@ -53,11 +53,11 @@ def _recall(trainer: Trainer, decision: RestoreDecision) -> Generator[float, Non
     save = decision.snapshot or ((chosen.generation, chosen.step) if chosen is not None else None)
     assert save is not None
     world, entries = trainer.world, []
-    for rank, name in enumerate(decision.holders):
-        host = world.cluster.named(name)
-        slot = host.find(rank, save, trainer.where) if host is not None else None
+    for rank, names in enumerate(decision.holders):
+        hosts = [host for name in names if (host := world.cluster.named(name)) is not None]
+        slot = next((slot for host in hosts if (slot := host.find(rank, save, trainer.where)) is not None), None)
         if slot is None:
-            return Read(None, f"{name} does not answer, or does not hold rank {rank} of {save}")
+            return Read(None, f"{names} do not answer, or do not hold rank {rank} of {save}")
         fills = slot.fills
         entries += [entry for writer in slot.contents for entry in writer]
         yield world.rng.uniform(0.0, 0.1)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ray_ckpt.testing.simulator.host import Host
     from ray_ckpt.testing.simulator.memory import Slot
     from ray_ckpt.testing.simulator.oracles import LogOracle
+    from ray_ckpt.testing.simulator.trainer import Trainer
 
 Save = tuple[int, int]
 
@@ -58,6 +59,7 @@ class MemoryOracle:
         self._seen: dict[tuple[Save, str, int], dict[int, set[str]]] = {}
         self._taken: dict[tuple[int, Save], Rows] = {}
         self.since: dict[Save, float] = {}
+        self._closed: dict[int, set[int]] = {}
         self.begun: set[int] = set()
 
     def filling(self, host: Host, slot: Slot) -> None:
@@ -99,10 +101,20 @@ class MemoryOracle:
         self._require_unused(slot, agent, "given up")
         self._require_held(slot, segment, ("sealed",))
 
+    def leaving(self, trainer: Trainer) -> None:
+        """A rank ends by itself."""
+        if trainer.logic.closed and trainer.logic.generation is not None:
+            self._closed.setdefault(trainer.logic.generation, set()).add(trainer.rank)
+
     def freed(self, slot: Slot, segment: SegmentInfo, agent: Agent) -> None:
         """A segment is emptied: what a restart would take instead must have been there."""
         self._require_unused(slot, agent, "freed")
         self._require_held(slot, segment, ("sealed", "kept"))
+        generation, best = self._log.top["generation"], newest(self._log.top)
+        if generation and len(self._closed.get(generation["number"], ())) == generation["world_size"]:
+            saved = best is not None and (best["generation"], best["step"]) >= segment.save
+            self._require(saved, f"{slot.name} is freed at the end of the job, and {segment.save} is newer than {best}")
+            return
         hosts = self._world.cluster.hosts
         later = {save for save, *_ in self._seen if save > segment.save}
         newer = any(self.seen(save) for save in later)
@@ -112,7 +124,7 @@ class MemoryOracle:
         newer = not copied or any(self.seen(save, 2) for save in later)
         lost = not newer and doubled(hosts, segment.save)
         self._require(not lost, f"{slot.name} with {segment.save} is freed, and nothing newer could lose a host")
-        generation, view = self._log.top["generation"], agent.logic.view
+        view = agent.logic.view
         chosen = generation is not None and generation["snapshot"] and tuple(generation["snapshot"]) == segment.save
         if chosen and view is not None and view.oldest_generation == generation["number"]:
             begun = generation["number"] in self.begun

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator
 from typing import TYPE_CHECKING, TypeAlias
 
 from ray_ckpt.protocol.messages import RestoreResult, SegmentInfo, Trigger, WorkerView
@@ -201,7 +201,9 @@ class Trainer(Process):
 
     def _remember(self, step: int) -> Thread:
         """A snapshot for a restart alone: only where plan and memory are at hand."""
-        mine, slot = self._layout_at(step), self._free_slot()
+        # With copies, one is not given up that has its copies for one that has none yet.
+        loose = self.logic.loose if self.scenario.replicas else None
+        mine, slot = self._layout_at(step), self._free_slot(loose)
         if mine == self._layout and self.logic.plan_ready is not None and slot is not None:
             yield from self._fill(slot, mine, step, "memory")
 
@@ -231,9 +233,9 @@ class Trainer(Process):
         if not ready() and step not in self.logic.outcomes:
             self.logic.skip(step, f"no {what} for {WAIT_S} s")
 
-    def _free_slot(self) -> Slot | None:
+    def _free_slot(self, loose: Collection[tuple[int, int]] | None = None) -> Slot | None:
         slots = self.host.slots_of(self.rank, self.scenario.slots)
-        free = [slot for slot in slots if slot.free]
+        free = [slot for slot in slots if slot.free and (loose is None or slot.info is None or slot.info.save in loose)]
         return min(free, key=lambda slot: (slot.state == "kept", slot.sealed_at), default=None)
 
     def _fill(self, slot: Slot, mine: Layout, step: int, trigger: Trigger) -> Thread:
@@ -268,11 +270,17 @@ class Trainer(Process):
         self.report()
 
     def _finish(self) -> Thread:
-        if self.step >= 0:
-            yield from self._save(self.step, "final")
+        # What was restored from memory is not in the store yet.
+        last = self.step if self.step >= 0 else self.logic.restored_step
+        if last is not None:
+            yield from self._save(last, "final")
         self.logic.finish()
         self.report()
         yield lambda: not self.logic.undecided and not self.waiting_requests
+        outcome = self.logic.outcomes.get(last) if last is not None else None
+        self.logic.finish(closed=outcome is None or outcome.state == "committed")
+        self.world.oracles.memory.leaving(self)
+        self.report()
         give_up = self.world.now + CLOSE_WAIT_S
         yield lambda: self._heard_of_finish() or self.world.now > give_up
         self.ended_well = True
@@ -286,4 +294,4 @@ class Trainer(Process):
     def _heard_of_finish(self) -> bool:
         agent = self.host.agent
         known = agent.logic.workers.get(self.name) if agent is not None else None
-        return known is not None and known.finished
+        return known is not None and known.finished and known.closed == self.logic.closed
