@@ -216,7 +216,8 @@ class HostLogic:
             for segment in self._segments.values():
                 if segment.save != order.save or segment.plan_id != order.plan_id or segment.trigger == "memory":
                     continue
-                if segment.replica and segment.rank not in order.replicas:
+                # What is kept may be overwritten at any time; no commit counts on it.
+                if segment.kept or (segment.replica and segment.rank not in order.replicas):
                     continue
                 for local in range(segment.writers):
                     if len(self._writing) >= self.max_writes:

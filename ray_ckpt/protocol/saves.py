@@ -209,7 +209,7 @@ class Saves:
                 host = self._roster.worker_hosts.get(worker or "")
                 gone = self._gone(host, config) if host and worker and self._roster.worker(worker) else None
             elif any(w not in save.shards for w in writers_of(segment)):
-                gone = self._gone(self._holder(save, rank), config)
+                gone = self._gone_writer(save, rank, config)
                 if gone is not None and self._take_over(save, rank, config):
                     gone = None
             else:
@@ -222,6 +222,15 @@ class Saves:
         """The host that is to write a rank's snapshot."""
         held = save.taken_over.get(rank) or save.holders.get(rank)
         return held or self._roster.worker_hosts.get(self.worker_of(rank) or "", "")
+
+    def _gone_writer(self, save: SaveState, rank: int, config: JobConfig) -> str | None:
+        """Why a rank's snapshot is not written any more where it lies."""
+        holder = self._holder(save, rank)
+        if holder:
+            return self._gone(holder, config)
+        # A coordinator that was lost with the host, and started elsewhere, has heard of the copy alone.
+        late = self._ledger.now > save.opened + config.host_timeout_s
+        return f"the host of rank {rank} has not been heard of since the coordinator started" if late else None
 
     def _take_over(self, save: SaveState, rank: int, config: JobConfig) -> bool:
         """Have the copy of a rank's snapshot written, whose host is gone; False where there is none left to write."""

@@ -14,13 +14,14 @@ _FOR_EVER_S = 1e6
 class Cluster:
     """``hosts`` are those that Ray places work on. A lost one never comes back; a new one may, under another name.
 
-    ``on_new`` hears of a new host; ``placed``: by rank, where the newest start of the job runs.
+    ``on_new`` hears of a new host, ``on_loss`` that one is lost; ``placed``: by rank, where the newest start of the job runs.
     """
 
     def __init__(self, world: World) -> None:
         self.world = world
         self.hosts: list[Host] = []
         self.on_new: Callable[[Host], None] = lambda _: None
+        self.on_loss: Callable[[], None] = lambda: None
         self.placed: list[str] = []
         self._all: dict[str, Host] = {}
         self._dead: frozenset[str] = frozenset()
@@ -69,6 +70,7 @@ class Cluster:
         self.world.tell("%s is lost", host.name)
         self.world.oracles.saving.host_lost(host)
         host.lose()
+        self.on_loss()
         self._give_up(host, self.world.rng.uniform(0.3, 2.0))
 
     def _lose_one(self) -> None:

@@ -144,6 +144,12 @@ class Head:
         """A new host looks for the coordinator."""
         host.coordinator = self.current
 
+    def on_loss(self) -> None:
+        """A host is lost, perhaps the one where the coordinator ran."""
+        if self.world.scenario.lose_head and self.current is not None:
+            self.world.tell("%s is lost with it", self.current.name)
+            self.current.kill()
+
     def _watch(self) -> None:
         if self.current is not None and self.current.logic.ledger.phase == "fenced":
             self.world.tell("%s ends: it is fenced", self.current.name)

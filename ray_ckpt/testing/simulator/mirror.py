@@ -62,7 +62,8 @@ class Copy:
         found = source.find(segment.rank, segment.save, agent.where)
         room = self._room(segment.rank)
         if found is None or room is None:
-            agent.world.tell("%s cannot copy %s: %s, %s", agent.name, segment.save, found, room)
+            what = "is gone" if found is None else "has no room"
+            agent.world.tell("%s cannot copy rank %d of %s: it %s", agent.name, segment.rank, segment.save, what)
             self._end(whole=False)
             return
         self._from, self._fills = found, found.fills

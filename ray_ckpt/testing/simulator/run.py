@@ -71,7 +71,7 @@ class Simulation:
         world.oracles = Oracles(world)
         self.cluster = Cluster(world)
         self.head = Head(world, self.cluster.hosts)
-        self.cluster.on_new = self.head.meet
+        self.cluster.on_new, self.cluster.on_loss = self.head.meet, self.head.on_loss
         self.cluster.plan_losses()
         self.job = Job(world, self.head)
         for number, at in enumerate(world.scenario.readers):

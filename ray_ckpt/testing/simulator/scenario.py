@@ -34,8 +34,8 @@ class Scenario:
     ``slack``: how many steps a rank may be ahead of the slowest one of its start (collectives), None for any.
     ``explicit``: steps at which all ranks call `save()`; ``requests``: times (s) of requests, alternately by a
     worker and by the driver; ``stop_at``: time of a stop request; ``change_at``: step from which the state has
-    another structure; ``kill_at``: times at which the whole job is killed, ``lose_at``: a host is lost. ``horizon``:
-    faults end here. ``moving``: a start may be placed on some of the hosts only; ``slice_size``: so many hosts are one
+    another structure; ``kill_at``: times at which the whole job is killed, ``lose_at``: a host is lost, with ``lose_head`` the
+    coordinator too. ``horizon``: faults end here. ``moving``: a start may be placed on some of the hosts only; ``slice_size``: so many hosts are one
     failure domain (0: each is); ``write_s``: how long a writer takes at least.
     ``crashes``: process kind -> numbers of the crash points at which one is killed.
     """
@@ -62,6 +62,7 @@ class Scenario:
     memory_steps: int | None = None
     replicas: int = 0
     lose_at: tuple[float, ...] = ()
+    lose_head: bool = False
     moving: bool = False
     slice_size: int = 0
     write_s: float = 0.0
@@ -171,6 +172,7 @@ def _draw_loss(seed: int, rng: random.Random) -> Scenario:
         replicas=1,
         two_writers=rng.random() < 0.3,
         lose_at=tuple(sorted(rng.uniform(2.0, 8.0) for _ in range(rng.choice((1, 1, 2))))),
+        lose_head=rng.random() < 0.4,
         moving=rng.random() < 0.3,
         slice_size=rng.choice((0, 0, 2)),
         write_s=rng.choice((0.0, 2.0, 4.0)),
