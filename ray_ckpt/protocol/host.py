@@ -86,6 +86,7 @@ class HostLogic:
         self._freeing: set[str] = set()
         self._mirroring: str | None = None
         self._mirrored: dict[tuple[str, int], bool] = {}
+        self._decided: set[tuple[str, int]] = set()
         self._shards: dict[tuple[str, int], ShardReport] = {}
         self._failures: dict[tuple[str, int], WriteFailure] = {}
         self._sequence = 0
@@ -120,6 +121,7 @@ class HostLogic:
         self._news |= _contents(found) != _contents(self._segments)
         self._segments = found
         self._freeing &= self._segments.keys()
+        self._decided &= _contents(found)
         self._mirrored = {k: whole for k, whole in self._mirrored.items() if k in _contents(found)}
         self._layouts.update(layouts or {})
 
@@ -128,6 +130,8 @@ class HostLogic:
         if self.view is not None and (view.epoch, view.version) < (self.view.epoch, self.view.version):
             return
         self.view = view
+        # For good: a coordinator that is started later may know of a save that has failed no more.
+        self._decided |= {(s.name, s.fills) for s in self._segments.values() if s.save in view.decided}
         attempts = {o.attempt for o in view.orders}
         self._shards = {k: s for k, s in self._shards.items() if k[0] in attempts}
         self._failures = {k: f for k, f in self._failures.items() if k[0] in attempts}
@@ -182,10 +186,10 @@ class HostLogic:
         actions.extend(self._next_mirror(view))
         return actions
 
-    @staticmethod
-    def _settled(segment: SegmentInfo, view: HostView) -> bool:
+    def _settled(self, segment: SegmentInfo, view: HostView) -> bool:
         """Whether no save needs the snapshot any more."""
-        over = segment.save in view.decided or segment.generation < view.oldest_generation
+        decided = segment.save in view.decided or (segment.name, segment.fills) in self._decided
+        over = decided or segment.generation < view.oldest_generation
         return over or segment.kept or segment.trigger == "memory"
 
     def _awaits_mirror(self, segment: SegmentInfo, view: HostView) -> bool:
