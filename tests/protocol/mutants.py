@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 
 from ray_ckpt.protocol import host as host_module
+from ray_ckpt.protocol import views as views_module
 from ray_ckpt.protocol.cut import Cut
 from ray_ckpt.protocol.flows import Append, DeleteClaim, DeleteData, DeleteIndex, IoFailedError, PutClaim, Until
-from ray_ckpt.protocol.generation import Generations
+from ray_ckpt.protocol.generation import Choice, Generations
 from ray_ckpt.protocol.host import HostLogic
 from ray_ckpt.protocol.keeper import Keeper
 from ray_ckpt.protocol.ledger import Ledger
 from ray_ckpt.protocol.messages import SegmentInfo
+from ray_ckpt.protocol.recall import Recall, Snapshot
 from ray_ckpt.protocol.save_state import SaveState
 from ray_ckpt.protocol.saves import Saves
 from ray_ckpt.protocol.views import Views
@@ -23,6 +25,7 @@ from ray_ckpt.protocol.worker import WorkerLogic
 from ray_ckpt.testing.simulator.disk import Disk, Op
 from ray_ckpt.testing.simulator.host import Writer
 from ray_ckpt.testing.simulator.memory import Slot
+from ray_ckpt.testing.simulator.mirror import Copy
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 
@@ -111,7 +114,7 @@ def mix_generations(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(HostLogic, "_startable", startable)
     monkeypatch.setattr(
-        HostLogic, "_releasable", staticmethod(lambda segment, view: segment.step in {s for _, s in view.decided})
+        HostLogic, "_settled", lambda self, segment, view: segment.step in {s for _, s in view.decided}
     )
 
 
@@ -142,7 +145,8 @@ def free_a_segment_under_its_writer(monkeypatch: pytest.MonkeyPatch) -> None:
         writing, self._writing = self._writing, set()
         actions = original(self)
         self._writing |= writing
-        return [a for a in actions if isinstance(a, host_module.Free) or (a.segment.name, a.local) not in writing]
+        starts = host_module.StartWrite
+        return [a for a in actions if not isinstance(a, starts) or (a.segment.name, a.local) not in writing]
 
     monkeypatch.setattr(HostLogic, "take", take)
 
@@ -210,7 +214,7 @@ def take_a_superseded_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def choose(self: Generations, wish: Any, bad: Any) -> Any:
         if wish.kind == "newest":
-            return next((c for c in reversed(self._ledger.head.live) if c.prefix not in bad), None)
+            return Choice(next((c for c in reversed(self._ledger.head.live) if c.prefix not in bad), None))
         return original(self, wish, bad)
 
     monkeypatch.setattr(Generations, "_choose", choose)
@@ -282,3 +286,86 @@ def forget_to_tell_of_failures(monkeypatch: pytest.MonkeyPatch) -> None:
 def tell_before_conclusions_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Views, "suspend", lambda self: None)
     monkeypatch.setattr(Views, "touch", lambda self, host: self._touched.add(host))
+
+
+@mutant("recall", "training", "commits", "memory")
+def restore_an_incomplete_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Snapshot, "complete", property(lambda self: bool(self.parts)))
+
+
+@mutant("recall")
+def restore_a_snapshot_older_than_the_newest_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Recall.newer_than
+    monkeypatch.setattr(Recall, "newer_than", lambda self, checkpoint, bad: original(self, None, bad))
+
+
+@mutant("recall")
+def restore_a_snapshot_of_any_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+    def newer_than(self: Recall, checkpoint: Any, bad: Any) -> Any:
+        newest = max((s for s in self.whole if s not in bad), key=lambda s: s[1], default=None)
+        return newest if newest and (checkpoint is None or checkpoint.step < newest[1]) else None
+
+    monkeypatch.setattr(Recall, "newer_than", newer_than)
+
+
+@mutant("files")
+def write_copies_under_the_numbers_of_their_originals(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        host_module.StartWrite, "shard_id", lambda self, number: number * self.order.num_writers + self.writer
+    )
+    original = SaveState.order_for
+
+    def order_for(self: SaveState, report: Any) -> Any:
+        return replace(original(self, report), replicas=tuple(range(self.world_size)))
+
+    monkeypatch.setattr(SaveState, "order_for", order_for)
+
+
+@mutant("files")
+def copy_a_snapshot_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HostLogic, "has_copy", lambda self, segment: False)
+
+
+@mutant("memory")
+def give_up_what_is_being_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = HostLogic.take
+
+    def take(self: HostLogic) -> Any:
+        actions = original(self)
+        writing = {name for name, _ in self._writing}
+        return [*actions, *(host_module.Keep(s) for s in self._segments.values() if s.name in writing and not s.kept)]
+
+    monkeypatch.setattr(HostLogic, "take", take)
+
+
+@mutant("memory")
+def free_what_is_older_than_any_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kept_from(self: Views) -> tuple[int, int]:
+        return max((save for _, save, _ in self._roster.snapshots()), default=(0, 0))
+
+    monkeypatch.setattr(Views, "_kept_from", property(kept_from))
+
+
+@mutant("memory")
+def free_what_has_copies_for_what_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Recall, "newest_doubled", property(lambda self: self.newest))
+
+
+@mutant("memory")
+def have_each_host_copy_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(views_module, "peers", lambda domains: {host: host for host in domains})
+
+
+@mutant("memory")
+def seal_a_copy_before_it_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Copy, "complete", property(lambda self: bool(self._pieces)))
+
+
+@mutant("saving")
+def leave_copies_unwritten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Saves, "_take_over", lambda self, save, rank, config: False)
+
+
+@mutant("recall")
+def keep_nothing_for_a_restart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Recall, "newer_than", lambda self, checkpoint, bad: None)
