@@ -79,6 +79,7 @@ class Views:
         self._recall = recall
         self._peers: dict[str, str] = {}
         self._over = False
+        self._kept_from = (0, 0)
         self._version = 0
         self._touched: set[str] = set()
         self._fresh: set[str] = set()
@@ -114,6 +115,7 @@ class Views:
         self._poll_s = poll_s(len(self._roster.hosts), timeout_s, watched=self._cut.watching or waited_for)
         self._peers = self._find_peers()
         self._over = forming is None and self._generations.closed
+        self._kept_from = self._find_kept_from()
         common = self._find_common(forming)
         if common != self._common:
             self._common = common
@@ -143,19 +145,24 @@ class Views:
     def _find_peers(self) -> dict[str, str]:
         """Which host copies which one's snapshots."""
         config = self._generations.config
-        if config is None or not config.replicas or not self._generations.started:
+        if config is None or not config.replicas or not self._generations.started or not self._all_known:
             return {}
         domains = dict(self._roster.nodes.domains)
         hosts = {self._roster.worker_hosts.get(worker, "") for worker in self._generations.members.values()}
         return peers({host: domains.get(host, host) for host in hosts if host and not self._roster.lost(host)})
 
     @property
-    def _kept_from(self) -> tuple[int, int]:
+    def _all_known(self) -> bool:
+        """Whether this coordinator has heard of every member; where the others are nobody knows."""
+        current = self._generations.current
+        return current is not None and len(self._generations.members) == current.world_size
+
+    def _find_kept_from(self) -> tuple[int, int]:
         """The oldest snapshot that a restart may still need. While one is under way: all; after a clean end: none."""
         current = self._generations.current
         if self._over and current is not None:
             return (current.number + 1, 0)
-        if self._generations.forming is not None or not self._generations.started:
+        if self._generations.forming is not None or not self._generations.started or not self._all_known:
             return (0, 0)
         # With copies, the newest that any host may be lost of: the next one's are still being made.
         newest = self._recall.newest_doubled if self._peers else self._recall.newest

@@ -343,7 +343,7 @@ def free_what_is_older_than_any_snapshot(monkeypatch: pytest.MonkeyPatch) -> Non
     def kept_from(self: Views) -> tuple[int, int]:
         return max((save for _, save, _ in self._roster.snapshots()), default=(0, 0))
 
-    monkeypatch.setattr(Views, "_kept_from", property(kept_from))
+    monkeypatch.setattr(Views, "_find_kept_from", kept_from)
 
 
 @mutant("memory")
