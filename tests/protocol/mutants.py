@@ -113,9 +113,7 @@ def mix_generations(monkeypatch: pytest.MonkeyPatch) -> None:
                             yield start
 
     monkeypatch.setattr(HostLogic, "_startable", startable)
-    monkeypatch.setattr(
-        HostLogic, "_settled", lambda self, segment, view: segment.step in {s for _, s in view.decided}
-    )
+    monkeypatch.setattr(HostLogic, "_settled", lambda self, segment, view: segment.step in {s for _, s in view.decided})
 
 
 @mutant("log")

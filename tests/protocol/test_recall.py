@@ -31,6 +31,7 @@ class Memory:
         ledger._head = LogRecord(1, "seal", 1, "me", 0.0, (), (), last, 0)
         self.roster = Roster()
         self.recall = Recall(ledger, self.roster)
+        self.ledger = ledger
         self._sequence = 0
 
     def hold(self, host: str, *segments: SegmentInfo) -> None:
@@ -47,15 +48,20 @@ def both(generation: int, step: int) -> Memory:
     return memory
 
 
+def newest(memory: Memory) -> tuple[int, int] | None:
+    """The newest whole snapshot, as it is now."""
+    return memory.recall.newest
+
+
 def test_a_snapshot_is_whole_once_every_rank_has_its_part() -> None:
     memory = Memory(Generation(3, 2, None))
     memory.hold("h0", part(0, 3, 7))
-    assert memory.recall.newest is None
+    assert newest(memory) is None
     memory.hold("h1", part(1, 3, 7))
-    assert memory.recall.newest == (3, 7)
+    assert newest(memory) == (3, 7)
     assert memory.recall.holders((3, 7)) == (("h0",), ("h1",))
     memory.hold("h1", part(1, 3, 8))
-    assert memory.recall.newest is None
+    assert newest(memory) is None
     assert memory.recall.holders((3, 7)) == ()
 
 
@@ -63,24 +69,24 @@ def test_a_snapshot_is_whole_once_every_rank_has_its_part() -> None:
 def test_parts_of_several_plans_make_no_whole(other: SegmentInfo) -> None:
     memory = both(3, 7)
     memory.hold("h1", other)
-    assert memory.recall.newest is None
+    assert newest(memory) is None
 
 
 def test_parts_whose_replicas_differ_make_no_whole() -> None:
     memory = both(3, 7)
     memory.hold("h0", replace(part(0, 3, 7), digests=(("w", 1),)))
     memory.hold("h1", replace(part(1, 3, 7), digests=(("w", 1),)))
-    assert memory.recall.newest == (3, 7)
+    assert newest(memory) == (3, 7)
     other = Memory(Generation(3, 2, None))
     other.hold("h0", replace(part(0, 3, 7), digests=(("w", 1),)))
     other.hold("h1", replace(part(1, 3, 7), digests=(("w", 2),)))
-    assert other.recall.newest is None
+    assert newest(other) is None
 
 
 def test_a_host_that_is_dead_holds_nothing() -> None:
     memory = both(3, 7)
     assert memory.roster.told(Nodes(dead=frozenset({"h1"})))
-    assert memory.recall.newest is None
+    assert newest(memory) is None
 
 
 def test_a_copy_takes_the_place_of_a_lost_original() -> None:
@@ -114,9 +120,7 @@ def test_of_the_last_generation_what_is_newer_than_the_newest_commit(
 
 def test_what_the_last_generation_started_from_may_be_taken_again() -> None:
     memory = both(2, 9)
-    memory.recall._ledger._head = replace(
-        memory.recall._ledger.head, generation=Generation(3, 2, 9, snapshot=(2, 9))
-    )
+    memory.ledger._head = replace(memory.ledger.head, generation=Generation(3, 2, 9, snapshot=(2, 9)))
     old = replace(COMMIT, generation=2, step=8)
     assert memory.recall.newer_than(old, ()) == (2, 9)
     assert memory.recall.newer_than(None, ()) == (2, 9)
@@ -135,7 +139,7 @@ def test_what_proved_unreadable_is_not_taken_again() -> None:
 
 def test_before_the_first_generation_there_is_nothing_to_take() -> None:
     memory = both(3, 7)
-    memory.recall._ledger._head = replace(memory.recall._ledger.head, generation=None)
+    memory.ledger._head = replace(memory.ledger.head, generation=None)
     assert memory.recall.newer_than(None, ()) is None
 
 

@@ -89,7 +89,7 @@ def test_without_a_copy_the_save_fails_with_the_host() -> None:
 
 
 def test_a_rank_is_taken_over_once() -> None:
-    world, job, _ = under_way()
+    world, _, _ = under_way()
     both = Nodes(dead=frozenset({LOST, "a-host0"}))
     world.coordinator.on_nodes(Nodes(dead=frozenset({LOST})), world.now)
     assert world.coordinator.saves.active[1, 1].taken_over == {1: "a-host0"}
@@ -126,7 +126,7 @@ def test_a_coordinator_that_never_heard_of_the_lost_host_has_its_copy_written() 
 
 def test_what_is_only_kept_is_not_written() -> None:
     """It may be overwritten at any time: a coordinator that was started again may ask for a save that has failed."""
-    world, job, _ = under_way()
+    _, job, _ = under_way()
     host = job.hosts[0]
     name = next(name for name, s in host.segments.items() if not s.replica)
     assert {start.segment.name for start in writes(host)} == {name}
@@ -136,7 +136,7 @@ def test_what_is_only_kept_is_not_written() -> None:
 
 def test_a_second_copy_of_the_same_snapshot_is_not_wanted() -> None:
     """It would count its tries from the same number as the first."""
-    _, job, copy = under_way()
+    _, job, _ = under_way()
     here = job.hosts[0].logic
     original = next(iter(job.hosts[1].segments.values()))
     assert here.has_copy(original)

@@ -14,7 +14,8 @@ _FOR_EVER_S = 1e6
 class Cluster:
     """``hosts`` are those that Ray places work on. A lost one never comes back; a new one may, under another name.
 
-    ``on_new`` hears of a new host, ``on_loss`` that one is lost; ``placed``: by rank, where the newest start of the job runs.
+    ``on_new`` hears of a new host, ``on_loss`` that one is lost; ``placed``: by rank, where the newest start of the job
+    runs.
     """
 
     def __init__(self, world: World) -> None:

@@ -5,7 +5,7 @@ tensorflow what the `checkpoint` file names is whole
 log        I2, I4, I5: order, epochs, one commit for a save, the newest never goes back
 commits    I9: a commit holds exactly the snapshots that all ranks of one start took at one step
 training   I10, I6: one restore for all ranks, of the newest; what workers are told is true; stops at one step
-memory     I8: no segment is freed or filled under a writer, nothing is freed too early, memory is bounded (`remembering`)
+memory     I8: no segment is freed or filled under a writer, nor freed too early; memory is bounded (`remembering`)
 recall     what a start takes from memory: one whole save, of the last generation, newer than the newest commit
 saving     one lost host of those with replicas costs no save
 quiet      I6: when nothing fails any more, nothing is left waiting or lying about

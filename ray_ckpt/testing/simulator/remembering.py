@@ -81,7 +81,9 @@ class MemoryOracle:
         self._require(slot.replica == slot.info.replica, f"{slot.name} is sealed as {slot.info}")
         self._require(not host.gone, f"{slot.name} is sealed on a host that is gone")
         info = slot.info
-        self._seen.setdefault((info.save, info.plan_id, info.world_size), {}).setdefault(info.rank, set()).add(host.name)
+        self._seen.setdefault((info.save, info.plan_id, info.world_size), {}).setdefault(info.rank, set()).add(
+            host.name
+        )
         if whole(slots_of(self._world.cluster.running), info.save):
             self.since.setdefault(info.save, self._world.now)
 
@@ -199,7 +201,7 @@ class RecallOracle:
 
 
 class SavingOracle:
-    """A save of which every part lies on another host than the one that is lost must commit, where nothing else fails."""
+    """A save whose parts all lie on other hosts than the one that is lost must commit, where nothing else fails."""
 
     def __init__(self, world: World, log: LogOracle) -> None:
         self._world = world

@@ -121,7 +121,9 @@ class Simulation:
             and head is not None
             and head.alive
             and head.logic.idle
-            and all(host.agent is not None and host.agent.alive and host.agent.logic.idle for host in self.cluster.hosts)
+            and all(
+                host.agent is not None and host.agent.alive and host.agent.logic.idle for host in self.cluster.hosts
+            )
             and not any(t.alive for start in self.job.starts for t in start.trainers)
         )
 

@@ -34,9 +34,10 @@ class Scenario:
     ``slack``: how many steps a rank may be ahead of the slowest one of its start (collectives), None for any.
     ``explicit``: steps at which all ranks call `save()`; ``requests``: times (s) of requests, alternately by a
     worker and by the driver; ``stop_at``: time of a stop request; ``change_at``: step from which the state has
-    another structure; ``kill_at``: times at which the whole job is killed, ``lose_at``: a host is lost, with ``lose_head`` the
-    coordinator too. ``horizon``: faults end here. ``moving``: a start may be placed on some of the hosts only; ``slice_size``: so many hosts are one
-    failure domain (0: each is); ``write_s``: how long a writer takes at least.
+    another structure; ``kill_at``: times at which the whole job is killed, ``lose_at``: a host is lost, with
+    ``lose_head`` the coordinator too. ``horizon``: faults end here. ``moving``: a start may be placed on some of the
+    hosts only; ``slice_size``: so many hosts are one failure domain (0: each is); ``write_s``: how long a writer takes
+    at least.
     ``crashes``: process kind -> numbers of the crash points at which one is killed.
     """
 
