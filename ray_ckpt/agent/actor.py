@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -172,12 +173,14 @@ class Agent:
     async def _mirror(self, source: str, segment: SegmentInfo, bytes_per_s: float | None) -> None:
         agent = find_agent(self._url, source)
         door, parts = await agent.parts.remote(segment.save)
-        part = next((p for p in parts if p.rank == segment.rank), None)
+        part = next((p for p in parts if Path(p.path).name == segment.name), None)
         layout = await agent.layout.remote(segment.fingerprint)
         if part is None or layout is None:
             raise ObjectMissingError(f"host {source} has no snapshot of rank {segment.rank} of step {segment.step}")
         remote = RemoteSource(agent, door, part, source)
         await asyncio.to_thread(mirror, self._memory_now, part, layout, remote, bytes_per_s)
+        # With the layout: a coordinator that starts once the other host is lost has it from nobody else.
+        self._logic.on_segments(self._memory_now.sealed(), {layout.fingerprint: layout})
         self._look()
 
     def _living(self, but: str = "") -> set[int]:

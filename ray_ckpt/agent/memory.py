@@ -271,18 +271,17 @@ class HostMemory:
     # -- for other hosts and for restarts ---------------------------------------------------------------
 
     def parts(self, save: tuple[int, int]) -> list[Part]:
-        """What lies here of a save, a rank's own snapshot before a replica of it."""
+        """What lies here of a save, ranks' own snapshots before replicas of others."""
         with self._lock:
             held = [(info, self._segments[info.name]) for info in self._whole() if info.save == save]
         layouts = read_layouts(self.folder)
-        found: dict[int, Part] = {}
+        found = []
         for info, segment in sorted(held, key=lambda pair: pair[0].replica):
             layout = layouts.get(info.fingerprint)
-            if layout is None or info.rank in found:
-                continue
-            with contextlib.suppress(SaveError, DamagedError):
-                found[info.rank] = _part(info, segment, layout)
-        return list(found.values())
+            if layout is not None:
+                with contextlib.suppress(SaveError, DamagedError):
+                    found.append(_part(info, segment, layout))
+        return found
 
     def read(self, path: str, fills: int, start: int, nbytes: int) -> memoryview | None:
         """Bytes of a snapshot; None if its segment does not hold it any more."""

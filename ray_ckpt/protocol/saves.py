@@ -104,7 +104,11 @@ class Saves:
                 )
             else:
                 save.segments.setdefault(segment.rank, segment)
-                (save.replicas if segment.replica else save.holders)[segment.rank] = report.host
+                known = save.replicas.get(segment.rank)
+                if not segment.replica:
+                    save.holders[segment.rank] = report.host
+                elif known is None or self._roster.lost(known):
+                    save.replicas[segment.rank] = report.host
         by_attempt = {save.attempt: save for save in self.active.values()}
         for shard in report.shards:
             owner = by_attempt.get(shard.attempt)
