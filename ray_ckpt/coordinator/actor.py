@@ -247,10 +247,24 @@ class Coordinator:
             fenced = self._logic.ledger.phase == "fenced"
             now = time.monotonic()
             if fenced or now - self._busy_at > self._lease_s or now - self._called_at > _ABANDONED_S:
-                # Hosts that still need a coordinator start the next one, which reads in the log whose turn it is.
-                logger.info("%s: the coordinator ends: %s", self._url, "it was fenced" if fenced else "no job is left")
-                ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
+                try:
+                    await self._end("it was fenced" if fenced else "no job is left")
+                except Exception as error:
+                    logger.info("%s: the coordinator cannot end yet: %r", self._url, error)
+                    continue
                 return
+
+    async def _end(self, why: str) -> None:
+        """End for good. Who still needs a coordinator starts the next one, which reads in the log whose turn it is.
+
+        Where this host was cut off, Ray may have started the actor again elsewhere: that one must live.
+        """
+        nodes = await self._threads.run(_LEAVING_TIMEOUT_S, "Ray's list of nodes", cluster_nodes)
+        context = ray.get_runtime_context()
+        logger.info("%s: the coordinator ends: %s", self._url, why)
+        if context.get_node_id() in nodes.dead:
+            os._exit(1)
+        ray.kill(context.current_actor, no_restart=True)
 
 
 def remote_coordinator(**options: Any) -> Any:

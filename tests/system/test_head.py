@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,17 +55,23 @@ def test_a_job_goes_on_through_the_head_s_restart(lan: Lan) -> None:
     head.start_ray(None, **redis)
     host.start_ray(head)
     with Job(lan, head, "job") as job, Witness(job.run) as witness:
-        trainers = [job.start(host, "only", rank, 2) for rank in range(2)]
+        # No step waits for a save that cannot be committed meanwhile.
+        settings = {"save_steps": 20, "max_to_keep": KEPT, "overlap": "skip"}
+        trainers = [job.start(host, "only", rank, 2, settings=settings) for rank in range(2)]
         coordinator = trainers[0].until("coordinator")
         assert coordinator in head.pids()
         until_more_commits(witness, 1, 2)
         head.kill("gcs_server", "raylet")
         eventually(lambda: coordinator not in head.pids(), "the end of the coordinator with its raylet")
-        trainers[0].until_step(5)
         head.kill()
+        lost_at = time.monotonic()
+        trainers[0].until_step(50)
         head.start_ray(None, **redis)
+        back_at = time.monotonic()
         until_more_commits(witness, 1, 2)
+        saved_at = time.monotonic()
         stop(*trainers)
+    print(f"without a head for {back_at - lost_at:.0f} s, two saves {saved_at - back_at:.0f} s after it was back")
     witness.check(KEPT)
     assert len(witness.log("seal")) == 1
     assert [r.epoch for r in witness.log("claim")] == [1, 2]
@@ -104,5 +111,5 @@ def test_a_new_cluster_on_the_same_machines_restores_from_their_memory(lan: Lan)
         stop(*again)
     witness.check(KEPT)
     found = ray_ckpt.load(str(job.run))
-    assert found["by"] == "second"
+    assert found["by"] == b"second"
     assert found["step"] >= newest

@@ -102,7 +102,7 @@ def test_a_host_cut_off_in_the_middle_of_a_save(lan: Lan, head: Host, job: Job) 
     print(f"restored step {restored}; the worker that was cut off ended {how}")
     witness.check(KEPT)
     found = ray_ckpt.load(str(job.run))
-    assert found["by"] == "second"
+    assert found["by"] == b"second"
     assert np.array_equal(found["w"], np.full(64, found["step"], np.float32))
 
 
@@ -129,4 +129,4 @@ def test_two_coordinators_at_once(lan: Lan, head: Host, job: Job) -> None:
     assert {r.epoch for r in witness.log() if r.sequence > witness.log("seal")[-1].sequence} == set(takeover)
     for checkpoint in ray_ckpt.checkpoints(str(job.run)):
         by = ray_ckpt.load(str(job.run), checkpoint.step)["by"]
-        assert by == {1: "first", 2: "second"}[checkpoint.generation]
+        assert by == {1: b"first", 2: b"second"}[checkpoint.generation]

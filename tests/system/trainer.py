@@ -23,6 +23,7 @@ from ray_ckpt.coordinator.actor import remote_coordinator
 from ray_ckpt.coordinator.find import LEASE_S
 from ray_ckpt.coordinator.names import coordinator_name
 from ray_ckpt.errors import RayCkptError, UsageError
+from ray_ckpt.storage import locate
 from tests.system import states
 from tests.system.lan import GCS_PORT
 from tests.system.waiting import eventually, pause
@@ -34,7 +35,7 @@ _NODE_S = 120.0
 
 @dataclass(frozen=True)
 class Order:
-    """What a trainer does. ``by`` is written into its state; it stops when the file ``stop`` is there.
+    """What a trainer does. ``by`` is written into its state; the file ``stop`` names the last step, once there is one.
 
     ``after``: the address of a node that Ray has to give up first. ``coordinator``: have it started on this host.
     ``writes``: whether this host writes its shards.
@@ -93,12 +94,18 @@ def work(order: Order, say: Any) -> None:
         say(restored=ckpt.restored_step)
         with contextlib.suppress(UsageError, ray.exceptions.RayError):
             say(coordinator=ray.get(find(order.url).pid.remote(), timeout=30))
-        while not Path(order.stop).exists() and not ckpt.should_stop:
+        while step < last_step(order) and not ckpt.should_stop:
             step += 1
             ckpt.step(step, state(order, step))
             say(step=step)
             pause(order.pace_s)
     say(ended=step)
+
+
+def last_step(order: Order) -> int:
+    """After which step to end: the same on all ranks, which save it together."""
+    path = Path(order.stop)
+    return int(path.read_text()) if path.exists() else sys.maxsize
 
 
 def prepare(order: Order) -> None:
@@ -114,7 +121,7 @@ def prepare(order: Order) -> None:
             get_if_exists=True,
             max_concurrency=1000,
             scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=True),
-        ).remote(order.url, {}, single_coordinator=False, lease_s=LEASE_S)
+        ).remote(locate(order.url).url, {}, single_coordinator=False, lease_s=LEASE_S)
     if not order.writes:
         find_or_start_agent(order.url, {}, node_id=here, max_writes=0, memory_folder=order.memory)
 
