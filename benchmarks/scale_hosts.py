@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy as np
 from ray_ckpt import Slice
 from ray_ckpt.bundle import encode_piece, encode_run, nbytes_of, piece_key, shard_name
 from ray_ckpt.leaves.layout import fingerprint, layout_of
-from ray_ckpt.protocol.host import Free, HostLogic, StartWrite
+from ray_ckpt.protocol.host import Free, HostLogic, Keep, StartWrite
 from ray_ckpt.protocol.messages import HostView, JobConfig, RestoreResult, RestoreWish, SegmentInfo
 from ray_ckpt.protocol.worker import WorkerLogic
 from ray_ckpt.types import Box, Layout, LeafSpec, ShardReport
@@ -148,7 +148,9 @@ class SimulatedHost:
             if isinstance(action, Free):
                 self._segments.pop(action.segment.name, None)
                 self.logic.on_freed(action.segment.name)
-            else:
+            elif isinstance(action, Keep):
+                self._segments[action.segment.name] = replace(action.segment, kept=True)
+            elif isinstance(action, StartWrite):
                 self.wire.later(self.wire.rng.uniform(*WRITES_S), lambda start=action: self._wrote(start))  # type: ignore[misc]
 
     def _seal(self, step: int) -> None:
@@ -168,6 +170,7 @@ class SimulatedHost:
             num_writers=plan.num_writers,
             fingerprint=self.layout.fingerprint,
             name=name,
+            directory=worker.directory,
         )
         worker.snapshotted(step, "cadence")
         self._sealing = False

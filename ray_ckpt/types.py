@@ -264,7 +264,8 @@ class LogRecord:
     commit, abort: the save of ``attempt`` at ``step`` was decided; delete: entries moved from
     ``live`` to ``dying``, were marked as preserved, or left ``dying`` for good. ``live`` is in commit order, newest
     last. ``high_water`` is the largest step ever decided: a prefix ``model.ckpt-S`` with
-    S <= high_water is never claimed again.
+    S <= high_water is never claimed again. ``directory``: who made the first record, which tells this directory from
+    one that was at its place before and was deleted; empty in those of older versions.
     """
 
     sequence: int
@@ -279,6 +280,7 @@ class LogRecord:
     attempt: str = ""
     step: int = -1
     reason: str = ""
+    directory: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from ray_ckpt.agent.serving import RemoteSource, read_piece
 from ray_ckpt.agent.watch import when_ended
 from ray_ckpt.agent.wire import Door, Server
 from ray_ckpt.coordinator import find, find_agent, find_or_start, run_id
-from ray_ckpt.errors import ObjectMissingError, RayCkptError, StorageError, UsageError
+from ray_ckpt.errors import ObjectMissingError, StorageError, UsageError
 from ray_ckpt.protocol.host import Free, HostLogic, Keep, Mirror, StartWrite
 from ray_ckpt.protocol.messages import HostView, SegmentInfo, WorkerReport, WorkerView
 from ray_ckpt.restore import Part
@@ -40,6 +40,7 @@ _LOOK_S = 2.0
 _NOTICE_S = 2.0
 _DEBOUNCE_S = 0.005
 _ROOM_S = 60.0
+_ROOM_AGAIN_S = 0.2
 _REPLICA_S = 120.0
 """Memory for copies of which the next does not come for so long is given back."""
 _WRITE_S = 60.0
@@ -136,7 +137,7 @@ class Agent:
                 elif time.monotonic() > deadline:
                     raise
                 else:
-                    await asyncio.sleep(_DEBOUNCE_S)
+                    await asyncio.sleep(_ROOM_AGAIN_S)
 
     # -- called by other hosts, and by workers that restore ----------------------------------------------------
 
@@ -145,12 +146,16 @@ class Agent:
         self._start()
         return bool(self._memory_now.sealed())
 
-    async def parts(self, save: tuple[int, int]) -> tuple[Door, list[Part]]:
-        """What lies here of a save, and where it can be read."""
+    async def parts(self, save: tuple[int, int]) -> tuple[Door | None, list[Part]]:
+        """What lies here of a save, and where it can be read; None: through `read` alone."""
         self._start()
         if self._server is None:
-            self._server = Server(ray.util.get_node_ip_address(), self._memory_now.read)
-        return self._server.door, await asyncio.to_thread(self._memory_now.parts, save)
+            try:
+                self._server = Server(ray.util.get_node_ip_address(), self._memory_now.read)
+            except OSError as error:
+                logger.warning("%s: snapshots can be read through Ray's calls only: %s", self._url, error)
+        door = self._server.door if self._server is not None else None
+        return door, await asyncio.to_thread(self._memory_now.parts, save)
 
     async def layout(self, fingerprint: str) -> Layout | None:
         """A layout that snapshots here were taken of."""
@@ -171,7 +176,7 @@ class Agent:
                 await self._mirror(source, segment, bytes_per_s)
 
     async def _mirror(self, source: str, segment: SegmentInfo, bytes_per_s: float | None) -> None:
-        agent = find_agent(self._url, source)
+        agent = await asyncio.to_thread(find_agent, self._url, source)
         door, parts = await agent.parts.remote(segment.save)
         part = next((p for p in parts if Path(p.path).name == segment.name), None)
         layout = await agent.layout.remote(segment.fingerprint)
@@ -205,7 +210,8 @@ class Agent:
     def _restored(self) -> bool:
         """Whether all ranks of the job have read what they start from, as far as its workers here were told."""
         view = self._logic.view
-        return view is not None and bool(view.workers) and all(w.restore_done or w.refused for w in view.workers)
+        living = [w for w in view.workers if self._lives(w.worker)] if view is not None else []
+        return bool(living) and all(w.restore_done or w.refused for w in living)
 
     @property
     def _memory_now(self) -> HostMemory:
@@ -281,17 +287,17 @@ class Agent:
                 self._spawn(self._write(action))
 
     async def _have_mirrored(self, action: Mirror) -> None:
-        segment = action.segment
+        segment, whole = action.segment, False
         rates = [w.config.replica_bytes_per_s for w in self._logic.workers.values() if w.rank == segment.rank]
         rate = rates[0] if rates else None
-        nbytes, whole = self._memory_now.nbytes(segment.name), False
         try:
-            peer = find_agent(self._url, action.peer)
-            await asyncio.wait_for(
-                peer.mirror.remote(self._node_id, segment, rate), _WRITE_S + nbytes / min(rate or _SLOWEST, _SLOWEST)
-            )
+            nbytes = self._memory_now.nbytes(segment.name)
+            limit_s = _WRITE_S + nbytes / min(rate or _SLOWEST, _SLOWEST)
+            peer = await asyncio.to_thread(find_agent, self._url, action.peer)
+            await asyncio.wait_for(peer.mirror.remote(self._node_id, segment, rate), limit_s)
             whole = True
-        except (RayError, RayCkptError, asyncio.TimeoutError) as error:
+        except Exception as error:
+            # Whatever it is: as long as it counts as under way, nothing else is copied.
             cause = getattr(error, "cause", None) or error
             logger.warning(
                 "step %d of rank %d has no replica on host %s: %r", segment.step, segment.rank, action.peer, cause

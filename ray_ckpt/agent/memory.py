@@ -22,7 +22,6 @@ from ray_ckpt.snapshot import (
     WHOLE,
     Segment,
     SegmentState,
-    decode_table,
     default_folder,
     drop_unused,
     private_folder,
@@ -60,6 +59,8 @@ class HostMemory:
         self._making = threading.Lock()
         self._segments: dict[str, Segment] = {}
         self._digests: dict[str, tuple[Segment, int, Digests]] = {}
+        self._layouts: dict[str, Layout] = {}
+        self._wanted: dict[int, int] = {}
         self._owner = lock(self.folder / OWNER)
         if run is not None:
             for other in sorted(self.folder.parent.glob(f"{run}-*")):
@@ -97,6 +98,7 @@ class HostMemory:
             StorageError: not even one fits; the text has the remedy.
         """
         with self._making:
+            self._wanted[rank] = nbytes
             self._give_up(rank, nbytes, living)
             with self._lock:
                 mine = [(n, s) for n, s in self._segments.items() if rank_of(n) == rank and not is_replica(n)]
@@ -149,18 +151,17 @@ class HostMemory:
                     self._give_up_unused(name)
 
     def give_up_kept(self) -> bool:
-        """Let the oldest snapshot go that no save needs, for want of memory for the next ones; False if none is left.
+        """Remove the oldest snapshot that no save needs and nobody has open, for want of memory; whether there was one.
 
         Only where nobody restores from it any more.
         """
         with self._making, self._lock:
             kept = [(s.sealed_at, n) for n, s in self._segments.items() if s.state is SegmentState.KEPT]
-            if not kept:
-                return False
-            _, name = min(kept)
-            self._segments[name].release()
-            self._give_up_unused(name)
-            return name not in self._segments
+            for _, name in sorted(kept):
+                self._give_up_unused(name)
+                if name not in self._segments:
+                    return True
+        return False
 
     def _give_up_unused(self, name: str) -> None:
         """A process of which this agent does not know yet may have the segment mapped: then it stays."""
@@ -218,6 +219,7 @@ class HostMemory:
             fills=segment.fills,
             kept=state is SegmentState.KEPT,
             replica=save.replica,
+            directory=save.directory,
         )
 
     def _digests_of(self, name: str, segment: Segment) -> Digests:
@@ -249,7 +251,8 @@ class HostMemory:
             return self._segments[name].next_try(writer, epoch)
 
     def free(self, info: SegmentInfo, living: Collection[int]) -> None:
-        """This snapshot is not needed any more; nor is the memory, where its rank is not ``living`` on this host.
+        """This snapshot is not needed any more; nor is the memory, where its rank is not ``living`` on this host, or
+        needs more by now.
 
         Of copies, the next one comes soon, or see `give_up_replicas`.
         """
@@ -257,7 +260,8 @@ class HostMemory:
             segment = self._segments.get(info.name)
             if segment is not None:
                 segment.release(info.fills)
-                unused = not is_replica(info.name) and info.rank not in living
+                outgrown = segment.data_nbytes < self._wanted.get(info.rank, 0)
+                unused = not is_replica(info.name) and (outgrown or info.rank not in living)
                 if segment.state is SegmentState.EMPTY and unused:
                     self._give_up_unused(info.name)
 
@@ -274,10 +278,9 @@ class HostMemory:
         """What lies here of a save, ranks' own snapshots before replicas of others."""
         with self._lock:
             held = [(info, self._segments[info.name]) for info in self._whole() if info.save == save]
-        layouts = read_layouts(self.folder)
         found = []
         for info, segment in sorted(held, key=lambda pair: pair[0].replica):
-            layout = layouts.get(info.fingerprint)
+            layout = self.layout(info.fingerprint)
             if layout is not None:
                 with contextlib.suppress(SaveError, DamagedError):
                     found.append(_part(info, segment, layout))
@@ -296,7 +299,10 @@ class HostMemory:
 
     def layout(self, fingerprint: str) -> Layout | None:
         """A layout that lies beside the segments."""
-        return read_layouts(self.folder).get(fingerprint)
+        if fingerprint not in self._layouts:
+            # Read once: they may be of thousands of leaves, and many ask at a restart.
+            self._layouts.update(read_layouts(self.folder))
+        return self._layouts.get(fingerprint)
 
     def room_for_replica(self, rank: int, nbytes: int) -> Segment:
         """A segment for the next copy of a rank's snapshot: an empty one, a new one, or that of the oldest copy.
@@ -327,6 +333,11 @@ class HostMemory:
                 with self._lock:
                     oldest.release()
                     self._give_up_unused(oldest.path.name)
+            usage = shutil.disk_usage(self.folder)
+            if usage.free - nbytes < _RESERVE * usage.total:
+                raise StorageError(
+                    f"{self.folder}: a copy of {nbytes} bytes would leave too little of {usage.free} free"
+                )
             name = next(n for i in range(_REPLICAS + 1) if (n := segment_name(rank, f"{REPLICA}{i}")) not in mine)
             segment = Segment.create(self.folder / name, nbytes)
             with self._lock:
@@ -365,12 +376,9 @@ class HostMemory:
 
 
 def _part(info: SegmentInfo, segment: Segment, layout: Layout) -> Part:
-    encoded = segment.read_table()
-    table = decode_table(encoded)
-    nbytes = max((e.start + e.nbytes for e in table.entries), default=0)
     kinds = {leaf.name: leaf.kind for leaf in layout.leaves if leaf.kind != DEFAULT_KIND}
-    sums = segment.sums(table)
-    return Part(info.rank, str(segment.path), info.fills, nbytes, encoded, sums, layout.tree, kinds)
+    table, sums = segment.read_table(), segment.sums()
+    return Part(info.rank, str(segment.path), info.fills, segment.data_nbytes, table, sums, layout.tree, kinds)
 
 
 def _trigger(text: str) -> Trigger:

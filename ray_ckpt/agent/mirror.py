@@ -27,12 +27,13 @@ def mirror(memory: HostMemory, part: Part, layout: Layout, source: Source, bytes
         StorageError: there is no room here.
     """
     table = decode_table(part.table)
+    nbytes = max((entry.start + entry.nbytes for entry in table.entries), default=0)
     memory.keep_layout(layout)
-    segment = memory.room_for_replica(part.rank, part.nbytes)
+    segment = memory.room_for_replica(part.rank, nbytes)
     began = time.monotonic()
     with segment.fill(replace(table.save, replica=True)):
-        for start in range(0, part.nbytes, CHUNK_NBYTES):
-            stop = min(start + CHUNK_NBYTES, part.nbytes)
+        for start in range(0, nbytes, CHUNK_NBYTES):
+            stop = min(start + CHUNK_NBYTES, nbytes)
             with segment.data[start:stop] as chunk:
                 source.read_into(start, chunk)
             if bytes_per_s is not None:

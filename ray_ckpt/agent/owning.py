@@ -52,7 +52,8 @@ def adopt(other: Path, own: Path) -> None:
                 path.rename(own / segment_name(rank_of(path.name), f"{mark}{path.stat().st_ino}"))
                 logger.info("%s: taken over from a node that is gone", path)
         for path in other.glob("*.layout"):
-            path.rename(own / path.name)
+            # Those that are still used, and so stay, need theirs.
+            shutil.copyfile(path, own / path.name)
         if not any(other.glob(f"*{SUFFIX}")):
             shutil.rmtree(other, ignore_errors=True)
     except (OSError, StorageError, ValueError) as error:

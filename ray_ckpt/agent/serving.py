@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Collection
+import time
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,23 +24,35 @@ from ray_ckpt.restore import MappedSource, Part, Source, StoredCheckpoint, open_
 
 logger = logging.getLogger(__name__)
 
-_CALL_S = 10.0
+_CALL_S = 30.0
 _READ_S = 60.0
 
 
+_CONNECTIONS = 4
+"""Of a thread: a process has a number of threads that read, and files that it can open."""
+_SHUT_S = 60.0
+
 _own = threading.local()
 """A thread's connections, by door: a socket carries one answer at a time."""
+
+_shut: dict[Door, float] = {}
+"""Doors that did not open, and until when they are not tried again (monotonic)."""
+
+
+def _drop(door: Door | None) -> None:
+    connection = _own.__dict__.get("connections", {}).pop(door, None)
+    if connection is not None:
+        connection.close()
 
 
 class RemoteSource(Source):
     """A segment in the memory of another host, read through its door; where that is shut to us, through Ray's calls."""
 
-    def __init__(self, agent: Any, door: Door, part: Part, host: str) -> None:
+    def __init__(self, agent: Any, door: Door | None, part: Part, host: str) -> None:
         self._agent = agent
         self._door = door
         self._part = part
         self._host = host
-        self._shut = False
 
     def read_into(self, start: int, buffer: memoryview) -> None:
         connection = self._connection()
@@ -50,25 +63,28 @@ class RemoteSource(Source):
                 found = connection.read_into(self._part.path, self._part.fills, start, buffer)
             except (OSError, DamagedError) as error:
                 # What is left of the answer must not be taken for the next one.
-                connection.close()
-                del _own.connections[self._door]
+                _drop(self._door)
                 raise UnavailableError(f"{self._part.path} on host {self._host}: {error}") from error
         if not found:
             raise ObjectMissingError(f"{self._part.path} on host {self._host}: the snapshot is gone")
 
     def _connection(self) -> Connection | None:
         """This thread's; None where the door does not open."""
-        if self._shut:
+        door = self._door
+        if door is None or _shut.get(door, 0.0) > time.monotonic():
             return None
         connections: dict[Door, Connection] = _own.__dict__.setdefault("connections", {})
-        if self._door not in connections:
+        if door not in connections:
+            for old in list(connections)[: 1 - _CONNECTIONS]:
+                # What is read lies sorted by hosts.
+                _drop(old)
             try:
-                connections[self._door] = Connection(self._door)
+                connections[door] = Connection(door)
             except OSError as error:
-                logger.warning("%r does not open (%s): reading through Ray, which is slower", self._door, error)
-                self._shut = True
+                logger.warning("%r does not open (%s): reading through Ray, which is slower", door, error)
+                _shut[door] = time.monotonic() + _SHUT_S
                 return None
-        return connections[self._door]
+        return connections[door]
 
     def _ask(self, start: int, buffer: memoryview) -> bool:
         for at in range(0, len(buffer), CHUNK_NBYTES):
@@ -93,10 +109,11 @@ def read_piece(memory: HostMemory, path: str, fills: int, start: int, nbytes: in
     return None if data is None else (np.asarray(data), crc32c(data))
 
 
-def recall(url: str, save: tuple[int, int], holders: Holders, here: str) -> StoredCheckpoint:
-    """The snapshot of a save, whose parts lie with these hosts, by rank; ``here`` is this process's host.
+@contextlib.contextmanager
+def recall(url: str, save: tuple[int, int], holders: Holders, here: str) -> Iterator[StoredCheckpoint]:
+    """While this runs, the snapshot of a save, whose parts lie with these hosts, by rank; ``here`` is this process's.
 
-    Of the hosts that hold a part it is enough that one is still there.
+    Of the hosts that hold a part it is enough that one is still there; the first that answers is read from.
 
     Raises:
         ObjectMissingError: a part is gone, with its host or from its memory.
@@ -104,27 +121,30 @@ def recall(url: str, save: tuple[int, int], holders: Holders, here: str) -> Stor
     """
     told = _ask_all(url, save, {host for hosts in holders for host in hosts})
     parts: list[Part] = []
-    sources: list[Source] = []
-    for rank, hosts in enumerate(holders):
-        found = next(((h, part) for h in hosts if h in told for part in told[h].parts if part.rank == rank), None)
-        if found is None:
-            raise ObjectMissingError(
-                f"rank {rank}'s snapshot of step {save[1]} was with {' and '.join(hosts)}, and is gone"
+    with contextlib.ExitStack() as stack:
+        sources: list[Source] = []
+        for rank, hosts in enumerate(holders):
+            found = next(((h, part) for h in hosts if h in told for part in told[h].parts if part.rank == rank), None)
+            if found is None:
+                where = " and ".join(hosts)
+                raise ObjectMissingError(f"rank {rank}'s snapshot of step {save[1]}, which lay on {where}, is gone")
+            host, part = found
+            parts.append(part)
+            source: Source = (
+                MappedSource(part.path, part.fills)
+                if host == here
+                else RemoteSource(told[host].agent, told[host].door, part, host)
             )
-        host, part = found
-        parts.append(part)
-        if host == here:
-            sources.append(MappedSource(part.path, part.fills))
-        else:
-            sources.append(RemoteSource(told[host].agent, told[host].door, part, host))
-    return open_snapshot(f"the memory of {len(told)} hosts", parts, sources)
+            stack.callback(source.close)
+            sources.append(source)
+        yield open_snapshot(f"the memory of {len(told)} hosts", parts, sources)
 
 
 class _Told(NamedTuple):
     """One host's answer."""
 
     agent: Any
-    door: Door
+    door: Door | None
     parts: list[Part]
 
 

@@ -31,6 +31,9 @@ _LINE_NBYTES = 4096
 _TIMEOUT_S = 30.0
 """A peer that is silent for so long in the middle of an answer is gone."""
 _CONNECT_S = 5.0
+_IDLE_S = 600.0
+_AT_ONCE = 16
+"""Answers under way: each holds a copy of what it sends."""
 
 Read = Callable[[str, int, int, int], memoryview | None]
 """(path, fills, start, nbytes) -> bytes of a snapshot; None if it is gone."""
@@ -48,20 +51,24 @@ class Door:
         return f"Door({self.host}:{self.port})"
 
 
+class _Listener(socketserver.ThreadingTCPServer):
+    daemon_threads = True
+    request_queue_size = 1024
+
+
 class Server:
     """Serves a host's snapshots from threads of its own, until `close`."""
 
     def __init__(self, host: str, read: Read) -> None:
-        token = secrets.token_bytes(_TOKEN_NBYTES)
+        token, room = secrets.token_bytes(_TOKEN_NBYTES), threading.Semaphore(_AT_ONCE)
 
         class Handler(socketserver.StreamRequestHandler):
             timeout = None
 
             def handle(self) -> None:
-                _serve(self.request, self.rfile, token, read)
+                _serve(self.request, self.rfile, token, read, room)
 
-        self._server = socketserver.ThreadingTCPServer((host, 0), Handler)
-        self._server.daemon_threads = True
+        self._server = _Listener((host, 0), Handler)
         self.door = Door(host, self._server.server_address[1], token)
         threading.Thread(target=self._server.serve_forever, name="ray-ckpt-door", daemon=True).start()
 
@@ -71,18 +78,20 @@ class Server:
         self._server.server_close()
 
 
-def _serve(connection: socket.socket, lines: Any, token: bytes, read: Read) -> None:
+def _serve(connection: socket.socket, lines: Any, token: bytes, read: Read, room: threading.Semaphore) -> None:
     connection.settimeout(_TIMEOUT_S)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     try:
         if not hmac.compare_digest(lines.read(_TOKEN_NBYTES), token):
             return
-        connection.settimeout(None)
+        connection.settimeout(_IDLE_S)
         while line := lines.readline(_LINE_NBYTES):
             path, fills, start, nbytes = json.loads(line)
-            data = read(str(path), int(fills), int(start), int(nbytes))
-            found = memoryview(b"") if data is None else data
-            connection.sendall(_HEAD.pack(len(found), crc32c(found)))
-            connection.sendall(found)
+            with room:
+                data = read(str(path), int(fills), int(start), int(nbytes))
+                found = memoryview(b"") if data is None else data
+                connection.sendall(_HEAD.pack(len(found), crc32c(found)))
+                connection.sendall(found)
     except (OSError, ValueError, TypeError):
         # A client that went away, or none of ours.
         return

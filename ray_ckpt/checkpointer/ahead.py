@@ -19,6 +19,8 @@ from ray_ckpt.types import Checkpoint
 
 logger = logging.getLogger(__name__)
 
+_END_S = 1.0
+
 Build = Callable[[], Any]
 Read = Callable[[StoredCheckpoint], Build]
 """Reads and verifies all that a state needs; what it gives builds the state."""
@@ -43,9 +45,9 @@ class ReadAhead:
         return self._found[1] if self._found is not None and self._found[0] == _id(checkpoint) else None
 
     def end(self) -> None:
-        """It is not wanted: no further byte is read, and nothing is held."""
+        """It is not wanted: no further byte is read. An operation that hangs is not waited for."""
         self._ended.set()
-        self._thread.join()
+        self._thread.join(_END_S)
         self._found = None
 
     def _run(self) -> None:

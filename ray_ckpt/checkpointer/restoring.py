@@ -18,7 +18,14 @@ from ray_ckpt import log
 from ray_ckpt.agent import recall
 from ray_ckpt.checkpointer.ahead import Build, Read, ReadAhead
 from ray_ckpt.checkpointer.link import Link
-from ray_ckpt.errors import DamagedError, NoCheckpointError, ObjectMissingError, UnavailableError, UsageError
+from ray_ckpt.errors import (
+    DamagedError,
+    NoCheckpointError,
+    ObjectMissingError,
+    StorageError,
+    UnavailableError,
+    UsageError,
+)
 from ray_ckpt.protocol.messages import RestoreDecision, RestoreResult, RestoreWish
 from ray_ckpt.restore import StoredCheckpoint, open_checkpoint
 from ray_ckpt.storage import Store
@@ -29,6 +36,7 @@ from ray_ckpt.types import Checkpoint
 logger = logging.getLogger(__name__)
 
 _CALL_S = 10.0
+_RECALLS = 3
 
 
 def restore(
@@ -157,13 +165,21 @@ def _recall(link: Link, decision: RestoreDecision, read: Read) -> tuple[Build | 
     chosen = decision.checkpoint
     save = decision.snapshot or (chosen.generation, chosen.step) if chosen is not None else decision.snapshot
     assert save is not None
-    began = time.monotonic()
-    try:
-        build = read(recall(link.url, save, decision.holders, link.node_id))
-    except (DamagedError, ObjectMissingError, UnavailableError) as error:
-        level = logging.WARNING if chosen is None else logging.INFO
-        logger.log(level, "%s: step %s is not read from host memory: %s", link.url, decision.step, error)
-        return None, str(error)
+    began, error = time.monotonic(), ""
+    for again in range(_RECALLS):
+        # Another host's copy first, where there is one.
+        holders = tuple((*of[again % len(of) :], *of[: again % len(of)]) for of in decision.holders)
+        try:
+            with recall(link.url, save, holders, link.node_id) as stored:
+                build = read(stored)
+            break
+        except (DamagedError, StorageError, UnavailableError, RayError) as found:
+            error = str(found)
+            logger.info("%s: step %s is not read from host memory: %s", link.url, decision.step, error)
+    else:
+        if chosen is None:
+            logger.warning("%s: step %s cannot be read from host memory: %s", link.url, decision.step, error)
+        return None, error
     hosts = len({of[0] for of in decision.holders})
     logger.info(
         "%s: step %d read from the memory of %d hosts in %.2f s", link.url, save[1], hosts, time.monotonic() - began

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from typing import Any
@@ -12,7 +11,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_f
 
 from ray_ckpt.checkpointer.link import Link
 from ray_ckpt.checkpointer.slots import Slots
-from ray_ckpt.errors import RayCkptError, UnavailableError
+from ray_ckpt.errors import RayCkptError, SaveError, StorageError, UnavailableError
 from ray_ckpt.leaves.layout import Layouts
 from ray_ckpt.protocol.messages import JobConfig, Trigger
 from ray_ckpt.snapshot import SaveId, Segment, SegmentTooSmallError, needed_nbytes, take_snapshot
@@ -87,12 +86,16 @@ class Saver:
             # With copies, one is not given up that has its copies for one that has none yet.
             loose = self._link.logic.loose if self._config.replicas else None
             segment = None if plan is None else self.slots.free(needed_nbytes(plan, layout, values), loose)
+            if plan is not None and segment is None and needed_nbytes(plan, layout, values) > self.slots.nbytes:
+                self.slots.grow(needed_nbytes(plan, layout, values) + _STRING_ROOM_NBYTES)
             if plan is None or segment is None:
                 self._miss(step, "no plan is made for it" if plan is None else "all memory is in use")
                 return
             save = self._save_id(step, plan, layout, "memory", due)
-            with contextlib.suppress(SegmentTooSmallError):
+            try:
                 take_snapshot(segment, plan, layout, values, save, keep=self._config.replicas == 0)
+            except (StorageError, SaveError) as error:
+                self._miss(step, str(error))
         finally:
             self._link.courier.nudge()
             self.stall_s += time.monotonic() - began
@@ -164,6 +167,8 @@ class Saver:
             found.extend([segment] if segment is not None else [])
             return segment is not None
 
+        # Copies for restarts give way to a save that waits.
+        self._link.courier.nudge()
         self._link.wait(ready, self._config.save_timeout_s, f"free snapshot memory ({nbytes} bytes) at step {step}")
         if not found and self.slots.error is not None:
             raise self.slots.error
@@ -185,6 +190,7 @@ class Saver:
             writer_base=plan.writer_base,
             num_writers=plan.num_writers,
             due=due,
+            directory=self._link.logic.directory,
         )
 
     def _skip(self, step: int, reason: str) -> None:

@@ -152,6 +152,9 @@ class CoordinatorLogic:
         self.flows.poll()
         if not self.ledger.active:
             return
+        if self.roster.directory != self.ledger.head.directory:
+            self.roster.directory = self.ledger.head.directory
+            self.roster.changed += 1
         self._forget_gone()
         self.generations.update()
         config = self.generations.config

@@ -29,8 +29,8 @@ from ray_ckpt.protocol.saves import Saves
 from ray_ckpt.types import Checkpoint, Generation, LogRecord
 
 _INVENTORY_S = 5.0
-"""So long a start waits for hosts that may hold a newer snapshot than those that have spoken: by then an agent that was
-killed is back.
+"""So long at least a start waits for hosts that may hold a newer snapshot than those that have spoken: an agent that
+was killed comes back.
 """
 
 
@@ -280,10 +280,14 @@ class Generations:
             hosts: frozenset[str] = yield ListAgents()
         except IoFailedError:
             return
-        until = self._ledger.now + _INVENTORY_S
-        yield Until(
-            lambda: self.forming is not forming or hosts <= self._roster.hosts.keys() or self._ledger.now >= until
-        )
+        until = self._ledger.now + max(_INVENTORY_S, forming.config.host_timeout_s)
+
+        def known() -> bool:
+            # What is silent can hold nothing newer than a snapshot of which all parts are there.
+            silent = {host for host in hosts - self._roster.hosts.keys() if not self._roster.lost(host)}
+            return not silent or self._recall.newest_is_whole
+
+        yield Until(lambda: self.forming is not forming or known() or self._ledger.now >= until)
 
     def _fail(self, forming: Forming, problem: Problem) -> None:
         forming.failed = problem
@@ -373,7 +377,9 @@ class Generations:
             if current.snapshot is not None and not holders and self._is_early(current):
                 return None
             self._holders = {key: holders}
-        return RestoreDecision(*key, chosen, self.note, current.snapshot, self._holders[key])
+        # Not told any more once all have read: with thousands of ranks it is the largest part of a view.
+        holders = () if self.started else self._holders[key]
+        return RestoreDecision(*key, chosen, self.note, current.snapshot, holders, self._ledger.head.directory)
 
     def _is_early(self, current: Generation) -> bool:
         """Whether hosts that hold the snapshot may not have spoken to this coordinator yet."""

@@ -132,6 +132,11 @@ class HostLogic:
         self.view = view
         # For good: a coordinator that is started later may know of a save that has failed no more.
         self._decided |= {(s.name, s.fills) for s in self._segments.values() if s.save in view.decided}
+        for told in view.workers:
+            if told.refused is not None and told.worker in self._dead:
+                # Of a start that is over: a host outlives many.
+                self._dead.discard(told.worker)
+                self.workers.pop(told.worker, None)
         attempts = {o.attempt for o in view.orders}
         self._shards = {k: s for k, s in self._shards.items() if k[0] in attempts}
         self._failures = {k: f for k, f in self._failures.items() if k[0] in attempts}
@@ -159,6 +164,7 @@ class HostLogic:
         """The peer has its copy of this snapshot, or will not have one."""
         self._mirroring = None
         self._mirrored[segment.name, segment.fills] = whole
+        self._news |= not whole
 
     def has_copy(self, segment: SegmentInfo) -> bool:
         """Whether a copy of this snapshot lies here. A second one would be written under the numbers of the first."""
@@ -175,9 +181,10 @@ class HostLogic:
         actions: list[Action] = []
         busy = {name for name, _ in self._writing}
         for segment in list(self._segments.values()):
-            if not self._settled(segment, view) or segment.name in busy | self._freeing:
+            foreign = segment.directory != view.directory
+            if not (foreign or self._settled(segment, view)) or segment.name in busy | self._freeing:
                 continue
-            if segment.save < view.kept_from:
+            if foreign or segment.save < view.kept_from:
                 self._freeing.add(segment.name)
                 actions.append(Free(segment))
             elif not segment.kept and not self._awaits_mirror(segment, view):
@@ -195,11 +202,19 @@ class HostLogic:
     def _awaits_mirror(self, segment: SegmentInfo, view: HostView) -> bool:
         """Whether a copy of it is to be made, or being made: nobody must overwrite it until then."""
         if segment.name == self._mirroring:
-            return True
+            # A copy that is overwritten under way notices it.
+            return not (self._settled(segment, view) and segment.rank in self._pressed)
         if not view.peer or segment.replica or (segment.name, segment.fills) in self._mirrored:
+            return False
+        if self._settled(segment, view) and segment.rank in self._pressed:
             return False
         # One that is being saved too: with its host, the save would be lost.
         return segment is self._newest_of(segment.rank) or not self._settled(segment, view)
+
+    @property
+    def _pressed(self) -> set[int]:
+        """Ranks whose training waits for memory, or for a plan: a save goes before copies."""
+        return {r.rank for r in self.workers.values() if r.due_step is not None and r.worker not in self._dead}
 
     def _newest_of(self, rank: int) -> SegmentInfo | None:
         own = [s for s in self._segments.values() if s.rank == rank and not s.replica]
@@ -219,6 +234,8 @@ class HostLogic:
         for order in sorted(orders, key=lambda o: o.step):
             for segment in self._segments.values():
                 if segment.save != order.save or segment.plan_id != order.plan_id or segment.trigger == "memory":
+                    continue
+                if self.view is None or segment.directory != self.view.directory:
                     continue
                 # What is kept may be overwritten at any time; no commit counts on it.
                 if segment.kept or (segment.replica and segment.rank not in order.replicas):
@@ -253,11 +270,15 @@ class HostLogic:
             name=self.name,
             workers=tuple(self.workers.values()),
             dead=tuple(sorted(self._dead)),
-            segments=tuple(s for s in self._segments.values() if s.name not in self._freeing),
+            segments=tuple(self._told(s) for s in self._segments.values() if s.name not in self._freeing),
             layouts=tuple(layouts),
             shards=tuple(s for key, s in self._shards.items() if key not in done),
             failures=tuple(self._failures.values()),
         )
+
+    def _told(self, segment: SegmentInfo) -> SegmentInfo:
+        alone = self._mirrored.get((segment.name, segment.fills)) is False
+        return replace(segment, alone=True) if alone else segment
 
     def worker_view(self, worker: str) -> tuple[int, int, WorkerView] | None:
         """(epoch, version, view) for one local worker; None before the first word of the coordinator."""

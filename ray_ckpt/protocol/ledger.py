@@ -112,7 +112,7 @@ class Ledger:
     def _claim_record(self, head: LogRecord | None, foreign: tuple[Any, ...]) -> LogRecord:
         if head is None:
             high = max((c.step for c in foreign), default=-1)
-            return LogRecord(1, "claim", 1, self.owner, self.now, tuple(foreign), (), None, high)
+            return LogRecord(1, "claim", 1, self.owner, self.now, tuple(foreign), (), None, high, directory=self.owner)
         return replace(
             head,
             sequence=head.sequence + 1,

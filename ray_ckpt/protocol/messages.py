@@ -217,6 +217,7 @@ class RestoreDecision:
     note: str = ""
     snapshot: tuple[int, int] | None = None
     holders: Holders = ()
+    directory: str = ""
 
     @property
     def step(self) -> int | None:
@@ -267,7 +268,8 @@ class SegmentInfo:
     ``writers`` of the job's ``num_writers``, from ``writer_base`` on, write it. ``digests``: crc32c of the leaves of
     several ranks checked, by leaf name. ``due`` and ``sealed`` are wall-clock times, for people. ``fills`` tells it
     from what the segment held before and will hold later. ``kept``: it may be overwritten at any time. ``replica``: it
-    is a copy of what lies or lay in another host's memory.
+    is a copy of what lies or lay in another host's memory. ``alone``: no copy of it will be made. ``directory``: see
+    `types.LogRecord`.
     """
 
     rank: int
@@ -287,6 +289,8 @@ class SegmentInfo:
     fills: int = 0
     kept: bool = False
     replica: bool = False
+    alone: bool = False
+    directory: str = ""
 
     @property
     def save(self) -> tuple[int, int]:
@@ -366,7 +370,8 @@ class HostView:
 
     No save needs a snapshot any more if its own is in ``decided`` or its generation is below ``oldest_generation``;
     those before ``kept_from``, in the order of (generation, step), no restart needs either. ``peer``: the host that
-    copies this one's snapshots; empty for none.
+    copies this one's snapshots; empty for none. ``directory``: what lies in memory of any other is of a directory that
+    was deleted (see `types.LogRecord`), and not needed.
     ``fingerprints`` are the layouts that have arrived. ``poll_s``: how long the host leaves its question for the next
     view open. ``watched``: the steps of its workers' loops are news as well.
     """
@@ -382,6 +387,7 @@ class HostView:
     watched: bool = False
     kept_from: tuple[int, int] = (0, 0)
     peer: str = ""
+    directory: str = ""
 
 
 @dataclass(frozen=True, slots=True)

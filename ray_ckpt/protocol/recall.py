@@ -5,6 +5,7 @@ See docs/design/0004-memory-tiers.md.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
@@ -36,6 +37,11 @@ class Snapshot:
     def doubled(self) -> bool:
         """Every rank's part lies on two hosts at least."""
         return all(len(held) > 1 for held in self.parts.values())
+
+    @property
+    def settled(self) -> bool:
+        """Every rank's part lies on two hosts, or will not."""
+        return all(len(held) > 1 or any(s.alone for s in held.values()) for held in self.parts.values())
 
     @property
     def holders(self) -> Holders:
@@ -97,9 +103,20 @@ class Recall:
         return max(self.whole, default=None)
 
     @property
+    def newest_is_whole(self) -> bool:
+        """Whether of the newest snapshot of which any part lies anywhere all parts are there."""
+        seen = [save for _, save, held in self._roster.snapshots() if held]
+        return bool(seen) and max(seen) == self.newest
+
+    @property
     def newest_doubled(self) -> Save | None:
         """The newest whole snapshot that any one host may be lost of."""
         return max((save for save, s in self.whole.items() if s.doubled), default=None)
+
+    @property
+    def newest_settled(self) -> Save | None:
+        """The newest whole snapshot of which no further copy is to come: those before need not be kept."""
+        return max((save for save, s in self.whole.items() if s.settled), default=None)
 
 
 def peers(domains: dict[str, str]) -> dict[str, str]:
@@ -110,7 +127,6 @@ def peers(domains: dict[str, str]) -> dict[str, str]:
     order = sorted(domains, key=lambda host: (domains[host], host))
     if len(order) < 2:
         return {}
-    named = list(domains.values())
-    largest = max(named.count(name) for name in set(named))
+    largest = max(Counter(domains.values()).values())
     shift = largest if largest < len(order) else 1
     return {host: order[(i + shift) % len(order)] for i, host in enumerate(order)}

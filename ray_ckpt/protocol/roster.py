@@ -9,6 +9,11 @@ from ray_ckpt.protocol.messages import HostReport, Nodes, SegmentInfo, WorkerRep
 from ray_ckpt.protocol.pace import spread_s
 
 Save = tuple[int, int]
+_Of = tuple[int, Save, str]
+
+
+def _of(segment: SegmentInfo) -> _Of:
+    return segment.rank, segment.save, segment.directory
 
 
 @dataclass(slots=True)
@@ -24,6 +29,7 @@ class Roster:
 
     ``stepped`` is when a worker's own word last came in: what is known of the loops' steps is as old as that. ``nodes``
     is what Ray says. ``changed`` rises whenever another snapshot is in a host's memory than before, or a host is gone.
+    ``directory``: only snapshots of this one count.
     """
 
     def __init__(self) -> None:
@@ -32,9 +38,10 @@ class Roster:
         self.stepped = float("-inf")
         self.nodes = Nodes()
         self.changed = 0
+        self.directory = ""
         self._workers: dict[str, WorkerReport] = {}
         self._sequences: dict[str, int] = {}
-        self._segments: dict[tuple[int, Save], dict[str, SegmentInfo]] = {}
+        self._segments: dict[_Of, dict[str, SegmentInfo]] = {}
 
     def update(self, report: HostReport, now: float) -> bool:
         """Take a report in; False if it is older than what is known.
@@ -51,8 +58,9 @@ class Roster:
         if known is None or known.segments != report.segments:
             self.changed += 1
         self.hosts[report.host] = Host(report, now)
-        for segment in report.segments:
-            self._segments.setdefault((segment.rank, segment.save), {})[report.host] = segment
+        # Of two of one step, the one that a save is made of.
+        for segment in sorted(report.segments, key=lambda s: s.trigger != "memory"):
+            self._segments.setdefault(_of(segment), {})[report.host] = segment
         for worker in report.workers:
             if worker.sequence > self._sequences.get(worker.worker, -1):
                 self._sequences[worker.worker] = worker.sequence
@@ -64,7 +72,7 @@ class Roster:
     def _forget(self, report: HostReport) -> None:
         """What only an older report of a host said."""
         for segment in report.segments:
-            key = segment.rank, segment.save
+            key = _of(segment)
             held = self._segments.get(key, {})
             held.pop(report.host, None)
             if not held:
@@ -139,12 +147,13 @@ class Roster:
 
     def snapshots(self) -> Iterator[tuple[int, Save, dict[str, SegmentInfo]]]:
         """(rank, save, snapshot by host) of all that lies in the memory of hosts."""
-        for (rank, save), held in self._segments.items():
-            yield rank, save, held
+        for (rank, save, directory), held in self._segments.items():
+            if directory == self.directory:
+                yield rank, save, held
 
     def segment(self, worker: str, rank: int, save: Save) -> SegmentInfo | None:
         """The sealed snapshot of a rank for a save, wherever it lies (its own host first)."""
-        held = self._segments.get((rank, save))
+        held = self._segments.get((rank, save, self.directory))
         if held is None:
             return None
         return held.get(self.worker_hosts.get(worker, "")) or next(iter(held.values()))

@@ -94,7 +94,8 @@ class Saves:
 
     def _take_in(self, report: HostReport) -> None:
         for segment in report.segments:
-            save = self._save_of(segment) if segment.trigger != "memory" and not segment.kept else None
+            ours = segment.directory == self._ledger.head.directory
+            save = self._save_of(segment) if ours and segment.trigger != "memory" and not segment.kept else None
             if save is None:
                 continue
             if (segment.plan_id, segment.world_size) != (save.plan_id, save.world_size):

@@ -165,7 +165,7 @@ class Views:
         if self._generations.forming is not None or not self._generations.started or not self._all_known:
             return (0, 0)
         # With copies, the newest that any host may be lost of: the next one's are still being made.
-        newest = self._recall.newest_doubled if self._peers else self._recall.newest
+        newest = self._recall.newest_settled if self._peers else self._recall.newest
         return newest or (0, 0)
 
     def _find_common(self, forming: Forming | None) -> tuple[Any, ...]:
@@ -210,6 +210,7 @@ class Views:
             watched=self.is_watched(host),
             kept_from=self._kept_from,
             peer=self._peers.get(host, ""),
+            directory=self._ledger.head.directory,
         )
 
     def _fingerprints(self, report: HostReport) -> list[str]:
@@ -282,7 +283,11 @@ class Views:
 
     def _outcomes(self, report: HostReport, worker: WorkerReport, generation: int) -> tuple[SaveOutcome, ...]:
         """Answers to exactly what the worker has not heard of yet."""
-        held = {s.step for s in report.segments if s.rank == worker.rank and s.generation == generation}
+        held = {
+            s.step
+            for s in report.segments
+            if (s.rank, s.generation) == (worker.rank, generation) and not s.kept and s.trigger != "memory"
+        }
         found = []
         for step in worker.pending:
             key = (generation, step)

@@ -155,6 +155,11 @@ class WorkerLogic:
         return self.restored_step
 
     @property
+    def directory(self) -> str:
+        """Which directory this start belongs to, see `types.LogRecord`; known with the choice of a restore."""
+        return self.restore.directory if self.restore is not None else ""
+
+    @property
     def saved_step(self) -> int | None:
         """The step that was restored, if a checkpoint of it is in the store: it need not be saved again."""
         in_store = self.restore is not None and self.restore.snapshot is None

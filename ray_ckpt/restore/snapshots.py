@@ -47,6 +47,9 @@ class Source(ABC):
     def read_into(self, start: int, buffer: memoryview) -> None:
         """Fill the buffer with the data from ``start`` on. Raises `ObjectMissingError` if it is gone."""
 
+    def close(self) -> None:  # noqa: B027, optional
+        """Nothing more is read."""
+
 
 class MappedSource(Source):
     """A segment of this host."""
@@ -61,6 +64,10 @@ class MappedSource(Source):
         # After the copy: somebody who had begun to fill it again would have changed this before the data.
         if segment.fills != self._fills or segment.state not in WHOLE:
             raise ObjectMissingError(f"{segment.path}: the snapshot was overwritten while it was read")
+
+    def close(self) -> None:
+        """Let go of the segment: while it is open nobody gives its memory back."""
+        self._segment.close()
 
 
 class SnapshotReader(Reader):
@@ -97,8 +104,8 @@ def open_snapshot(url: str, parts: Sequence[Part], sources: Sequence[Source]) ->
     """
     tables = [decode_table(part.table) for part in parts]
     save = tables[0].save
-    found = [(t.save.generation, t.save.step, t.save.plan_id, t.save.rank) for t in tables]
-    expected = [(save.generation, save.step, save.plan_id, rank) for rank in range(save.world_size)]
+    found = [(t.save.directory, t.save.generation, t.save.step, t.save.plan_id, t.save.rank) for t in tables]
+    expected = [(save.directory, save.generation, save.step, save.plan_id, rank) for rank in range(save.world_size)]
     if found != expected:
         raise DamagedError(f"{url}: the parts are of {found}, expected {expected}; restore another checkpoint")
     prefix = f"step-{save.step}"
@@ -138,11 +145,12 @@ def _index(url: str, tables: Sequence[Table], sums: Sequence[Sums]) -> tuple[Ind
 
 def _summed(table: Table, sums: Sums) -> list[tuple[Entry, int | None, memoryview | None]]:
     """Each entry, its checksum and those of its chunks, where they are known."""
-    crcs = memoryview(sums.data).cast("I")
-    raw = memoryview(sums.data)
+    count = len(table.entries) + sum(chunks_in(entry.nbytes) for entry in table.entries)
+    raw = memoryview(sums.data[: _CRC_NBYTES * count].ljust(_CRC_NBYTES * count, b"\0"))
+    crcs = raw.cast("I")
     found: list[tuple[Entry, int | None, memoryview | None]] = []
     chunk = len(table.entries)
-    for (first, stop), known in zip(table.writers, sums.known, strict=True):
+    for (first, stop), known in zip(table.writers, sums.known, strict=False):
         for number in range(first, stop):
             entry = table.entries[number]
             count = chunks_in(entry.nbytes)

@@ -402,12 +402,11 @@ class Segment:
         finally:
             os.close(fd)
 
-    def sums(self, table: Table) -> Sums:
-        """The checksums that are there."""
-        chunks = [chunks_in(e.nbytes) for e in table.entries]
-        count = len(table.entries) + sum(chunks)
-        data = os.pread(self._fd, 4 * count, self._sums_at).ljust(4 * count, b"\0")
-        flags = self._map[_SUMMED_AT : _SUMMED_AT + len(table.writers)]
+    def sums(self) -> Sums:
+        """The checksums that are there, and what follows on them in the file."""
+        # The flags first: a writer may be leaving the rest at this moment.
+        flags = self._map[_SUMMED_AT : _SUMMED_AT + MAX_WRITERS]
+        data = os.pread(self._fd, max(os.fstat(self._fd).st_size - self._sums_at, 0), self._sums_at)
         return Sums(data, tuple(map(bool, flags)))
 
     def next_try(self, writer: int, order: int = 0) -> int:

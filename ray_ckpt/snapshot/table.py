@@ -19,7 +19,7 @@ class SaveId:
 
     ``trigger`` says why the save was made. ``writers`` of the job's ``num_writers``, from ``writer_base`` on,
     write it; ``fingerprint`` names the layout; ``due`` is the wall-clock time at which the save fell due. ``replica``:
-    another host's snapshot was copied here.
+    another host's snapshot was copied here. ``directory``: see `types.LogRecord`.
     """
 
     run: str
@@ -35,6 +35,7 @@ class SaveId:
     num_writers: int = 0
     due: float = 0.0
     replica: bool = False
+    directory: str = ""
 
 
 class Entry(NamedTuple):
@@ -80,7 +81,8 @@ class Table:
 class Sums(NamedTuple):
     """Checksums of a segment: uint32 crc32c of each entry, then of each chunk of those of more than one.
 
-    ``known`` says for which of the writers they have been computed; of the others ``data`` holds anything.
+    ``known`` says for which of the writers (and those that the segment does not have) they have been computed; of the
+    others ``data`` holds anything, and may be shorter.
     """
 
     data: bytes

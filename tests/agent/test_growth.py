@@ -37,7 +37,13 @@ def saver() -> Saver:
     def wait(done: Any, timeout_s: float, what: str) -> None:
         assert done(), what
 
-    link: Any = SimpleNamespace(rank=0, condition=threading.Condition(), wait=wait, logic=SimpleNamespace(outcomes={}))
+    link: Any = SimpleNamespace(
+        rank=0,
+        condition=threading.Condition(),
+        wait=wait,
+        logic=SimpleNamespace(outcomes={}),
+        courier=SimpleNamespace(nudge=lambda: None),
+    )
     made = Saver(link, "run", JobConfig(world_size=1))
     made.slots = Memory()  # type: ignore[assignment]
     return made

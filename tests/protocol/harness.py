@@ -158,6 +158,7 @@ class Host:
             num_writers=plan.num_writers,
             fingerprint=f"layout-{worker.rank}",
             name=name,
+            directory=worker.directory,
         )
         worker.snapshotted(step, trigger)
 

@@ -260,6 +260,7 @@ class Trainer(Process):
             fingerprint=mine.fingerprint,
             digests=tuple((mine.leaves[leaf].name, step) for leaf in plan.checks),
             name=slot.name,
+            directory=self.logic.directory,
         )
         keep = trigger == "memory" and not self.scenario.replicas
         slot.seal(info, mine, [rows[w.first : w.stop] for w in plan.writers], self.world.now, keep=keep)
