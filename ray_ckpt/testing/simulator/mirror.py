@@ -44,6 +44,8 @@ class Asked:
         """The peer has its copy, or will not have one."""
         if self._open and self._agent.alive:
             self._open = False
+            if not whole:
+                self._agent.world.oracles.memory.given_up(self._segment.save)
             self._agent.logic.on_mirrored(self._segment, whole=whole)
             self._agent.kick()
 

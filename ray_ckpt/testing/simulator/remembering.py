@@ -60,6 +60,7 @@ class MemoryOracle:
         self._taken: dict[tuple[int, Save], Rows] = {}
         self.since: dict[Save, float] = {}
         self._closed: dict[int, set[int]] = {}
+        self._given_up: set[Save] = set()
         self.begun: set[int] = set()
 
     def filling(self, host: Host, slot: Slot) -> None:
@@ -98,6 +99,10 @@ class MemoryOracle:
             if of == save
         )
 
+    def given_up(self, save: Save) -> None:
+        """A copy of a part of it will not be made: what came before need not be kept for its sake."""
+        self._given_up.add(save)
+
     def kept(self, slot: Slot, segment: SegmentInfo, agent: Agent) -> None:
         """A segment may be overwritten from now on."""
         self._require_unused(slot, agent, "given up")
@@ -123,7 +128,7 @@ class MemoryOracle:
         lost = not newer and whole(slots_of(hosts), segment.save)
         self._require(not lost, f"{slot.name} with {segment.save} is freed, and nothing newer was ever whole")
         copied = self._world.scenario.replicas and self._world.cluster.is_spread
-        newer = not copied or any(self.seen(save, 2) for save in later)
+        newer = not copied or any(self.seen(save, 2) or save in self._given_up for save in later)
         lost = not newer and doubled(hosts, segment.save)
         self._require(not lost, f"{slot.name} with {segment.save} is freed, and nothing newer could lose a host")
         view = agent.logic.view
