@@ -13,7 +13,7 @@ from ray_ckpt.agent.memory import HostMemory
 from ray_ckpt.agent.mirror import mirror
 from ray_ckpt.errors import DamagedError, ObjectMissingError
 from ray_ckpt.restore import MappedSource, StoredCheckpoint, read_boxes
-from ray_ckpt.snapshot import Segment, SegmentState, decode_table
+from ray_ckpt.snapshot import Segment, SegmentState, decode_table, in_use
 from ray_ckpt.target import read_state
 from ray_ckpt.types import Box
 from ray_ckpt.writer import sum_up
@@ -155,3 +155,27 @@ def test_a_writer_leaves_its_checksums(memories: list[HostMemory]) -> None:
         sum_up(segment)
     (part,) = parts_of(memories)
     assert all(part.sums.known[: len(decode_table(part.table).writers)])
+
+
+def test_a_source_that_is_closed_keeps_no_segment(memories: list[HostMemory]) -> None:
+    remember(memories[:1], 1, keep=True)
+    (part,) = memories[0].parts(SAVE)
+    for segment in memories[0]._segments.values():
+        segment.close()
+    source = MappedSource(part.path, part.fills)
+    assert in_use(part.path)
+    source.close()
+    assert not in_use(part.path)
+
+
+def test_kept_memory_is_given_up_only_where_nobody_uses_it(memories: list[HostMemory]) -> None:
+    memory = memories[0]
+    remember([memory], 2, keep=True)
+    first, second = (info.name for info in sorted(memory.sealed(), key=lambda info: info.sealed))
+    with Segment.open(memory.path(first)):
+        assert memory.give_up_kept()
+        assert [info.name for info in memory.sealed()] == [first], "what is used keeps its contents"
+        assert not memory.give_up_kept()
+    assert memory.give_up_kept()
+    assert memory.sealed() == []
+    assert second != first

@@ -6,6 +6,7 @@ unless a test moves it, and every host reports when it is told to.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -36,6 +37,7 @@ class World:
     """Storage, time and the coordinator. ``hung`` says which I/O never ends, ``agents`` the hosts that Ray knows of."""
 
     def __init__(self) -> None:
+        self._owners = itertools.count()
         self.log: list[LogRecord] = []
         self.claims: dict[str, Claim] = {}
         self.deleted: list[str] = []
@@ -46,7 +48,7 @@ class World:
 
     def restart_coordinator(self) -> None:
         """All that the coordinator held in memory is gone."""
-        self.coordinator = CoordinatorLogic("memory://run", f"owner {len(self.log)}")
+        self.coordinator = CoordinatorLogic("memory://run", f"owner {next(self._owners)}")
         self.coordinator.start(self.now)
         self._pump()
 
