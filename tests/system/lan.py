@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from tests.cluster import ROOT
@@ -31,6 +32,7 @@ _HEALTH = {"period_ms": "1000", "timeout_ms": "3000", "failure_threshold": "4", 
 """Ray gives up a host that is silent for about 10 s, instead of a minute."""
 
 
+@cache
 def why_not() -> str:
     """Why there can be no hosts of this kind here; "" if there can."""
     if shutil.which("ip") is None:

@@ -59,7 +59,7 @@ class Order:
 
 def state(order: Order, step: int) -> dict[str, Any]:
     """What this rank holds at a step."""
-    return {**states.small(order.rank, order.world, step), "by": order.by}
+    return {**states.mixed(order.rank, order.world, step), "by": order.by}
 
 
 def main() -> None:

@@ -105,6 +105,8 @@ class Job:
 
 def stop(*trainers: Trainer) -> None:
     """Have the ranks of a start end well, at a step that none has reached."""
+    for trainer in trainers:
+        trainer.until("step")
     last = max(trainer.told("step")[-1] for trainer in trainers) + _AHEAD
     path = Path(trainers[0].order.stop)
     part = path.with_suffix(".part")
