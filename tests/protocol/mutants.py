@@ -342,7 +342,7 @@ def free_what_is_older_than_any_snapshot(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @mutant("memory")
 def free_what_has_copies_for_what_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Recall, "newest_doubled", property(lambda self: self.newest))
+    monkeypatch.setattr(Recall, "newest_settled", property(lambda self: self.newest))
 
 
 @mutant("memory")
