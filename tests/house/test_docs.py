@@ -21,3 +21,17 @@ def test_links_lead_somewhere() -> None:
     for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_test_that_the_table_of_faults_names_is_there() -> None:
+    text = (ROOT / "docs" / "faults.md").read_text()
+    missing, file = [], None
+    for path, name in re.findall(r"`(?:((?:\w+/)+test_\w+))?(?:::(test_\w+))?(?:\[\w+\])?`", text):
+        if path:
+            file = ROOT / "tests" / f"{path}.py"
+            if not file.exists():
+                missing.append(path)
+                file = None
+        if name and (file is None or f"def {name}(" not in file.read_text()):
+            missing.append(f"{path}::{name}")
+    assert not missing, missing
