@@ -91,6 +91,21 @@ def test_memory_of_runs_that_were_killed_is_removed(tmp_path: Path) -> None:
     assert {name for name, path in paths.items() if path.exists()} == {"sealed", "young", "open"}
 
 
+def test_a_snapshot_that_nobody_has_come_for_goes_after_a_day(tmp_path: Path) -> None:
+    paths = {}
+    for name, age_s in (("young", 20 * 3600), ("old", 30 * 3600), ("open", 30 * 3600)):
+        memory = HostMemory.open(name, "host", str(tmp_path))
+        paths[name] = Path(memory.prepare(0, 1000, 1)[0])
+        with Segment.open(paths[name], writable=True) as segment, segment.fill(SAVE):
+            segment.seal(json.dumps({**EMPTY_TABLE, "save": asdict(SAVE)}).encode(), keep=True)
+        os.utime(paths[name], (time.time() - age_s,) * 2)
+        for mapped in memory._segments.values():
+            mapped.close()
+    with Segment.open(paths["open"]):
+        HostMemory.open("new", "host", str(tmp_path)).sweep()
+    assert {name for name, path in paths.items() if path.exists()} == {"young", "open"}
+
+
 def test_what_others_keep_in_the_same_folder_is_left_alone(tmp_path: Path) -> None:
     folder = tmp_path / "theirs"
     folder.mkdir()
