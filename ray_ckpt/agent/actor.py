@@ -77,6 +77,7 @@ class Agent:
         self._logic = HostLogic(node_id, "", name=socket.gethostname(), max_writes=max_writes)
         self._processes: dict[str, ProcessId] = {}
         self._coordinator: Any = None
+        self._looking = asyncio.Lock()
         self._memory: HostMemory | None = None
         self._pool: WriterPool | None = None
         self._server: Server | None = None
@@ -379,18 +380,11 @@ class Agent:
     async def _exchange(self) -> None:
         known = self._logic.view
         seen = (known.epoch, known.version) if known else (0, -1)
-        if self._coordinator is None and self._logic.idle:
-            # Nobody here needs one: to start it would take the directory from a newer job. But that may want to know
-            # what lies here.
-            try:
-                self._coordinator = find(self._url)
-            except UsageError:
-                await asyncio.sleep(_AGAIN_S)
-                return
         asked = None
         try:
-            if self._coordinator is None:
-                self._coordinator = find_or_start(self._url, self._options, single_coordinator=self._single_coordinator)
+            if self._coordinator is None and not await self._look_for_coordinator():
+                await asyncio.sleep(_AGAIN_S)
+                return
             asked = self._coordinator
             wait_s = known.poll_s if known else _AGAIN_S
             view: HostView | None = await asked.exchange.remote(self._logic.report(), seen, wait_s)
@@ -406,6 +400,23 @@ class Agent:
             self._act()
             self._changed.set()
             self._changed = asyncio.Event()
+
+    async def _look_for_coordinator(self) -> bool:
+        """Whether there is one now. One thread looks: where Ray's GCS is away, that takes until it is back."""
+        if self._looking.locked():
+            return False
+        async with self._looking:
+            if self._logic.idle:
+                # Nobody here needs one: to start it would take the directory from a newer job. But that may want to
+                # know what lies here.
+                try:
+                    self._coordinator = await asyncio.to_thread(find, self._url)
+                except UsageError:
+                    return False
+            else:
+                start = partial(find_or_start, single_coordinator=self._single_coordinator)
+                self._coordinator = await asyncio.to_thread(start, self._url, self._options)
+        return True
 
     async def _watch(self) -> None:
         """Notice what nobody has told of, and the end of the run."""
