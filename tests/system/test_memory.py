@@ -92,6 +92,7 @@ def test_a_newer_step_than_the_store_has(make_job: Callable[..., Job]) -> None:
     assert again.steps() == [10]
 
 
+@pytest.mark.slow
 def test_a_loop_with_no_step_left_still_saves_what_only_memory_held(make_job: Callable[..., Job]) -> None:
     job = start(make_job(timeouts=PATIENT, memory_steps=3), 2)
     job.all("do", until_planned)
@@ -104,6 +105,7 @@ def test_a_loop_with_no_step_left_still_saves_what_only_memory_held(make_job: Ca
     assert again.steps() == [6]
 
 
+@pytest.mark.slow
 def test_other_numbers_of_hosts_restore_from_memory(make_job: Callable[..., Job]) -> None:
     job = make_job(timeouts=PATIENT, save_steps=4).start(3)
     job.all("restore", states.mixed)
@@ -122,6 +124,7 @@ def test_other_numbers_of_hosts_restore_from_memory(make_job: Callable[..., Job]
         kill_all(again)
 
 
+@pytest.mark.slow
 def test_a_clean_end_gives_the_memory_back(make_job: Callable[..., Job]) -> None:
     job = start(make_job(timeouts=PATIENT, save_steps=4), 1)
     job.all("train", 1, 9)
@@ -130,6 +133,7 @@ def test_a_clean_end_gives_the_memory_back(make_job: Callable[..., Job]) -> None
     eventually(lambda: not list(segment_folder(job, 0).glob("*.segment")), "an empty folder")
 
 
+@pytest.mark.slow
 def test_what_cannot_be_read_in_memory_is_read_in_the_store(make_job: Callable[..., Job]) -> None:
     job = start(make_job(timeouts=PATIENT, save_steps=4), 2)
     job.all("train", 1, 5)

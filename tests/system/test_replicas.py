@@ -85,7 +85,8 @@ def status(job: Job) -> RunStatus:
     return found
 
 
-@pytest.mark.parametrize("politely", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("politely", [True, False])
 def test_a_lost_host_s_snapshot_is_restored_from_its_peer(
     make_job: Callable[..., Job], doomed: Doomed, politely: bool
 ) -> None:

@@ -73,6 +73,7 @@ def leaks(texts: Iterator[tuple[str, bytes]]) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_right_credentials_are_shown_nowhere(make_job: Callable[..., Job], short_tmp: Path) -> None:
     with s3_server() as server:
         url = server.make_bucket(f"bucket-{uuid.uuid4().hex[:8]}")
