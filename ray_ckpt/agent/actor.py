@@ -387,7 +387,7 @@ class Agent:
                 return
             asked = self._coordinator
             wait_s = known.poll_s if known else _AGAIN_S
-            view: HostView | None = await asked.exchange.remote(self._logic.report(), seen, wait_s)
+            view: HostView | None = await asked.exchange.remote(self._logic.report(), seen, wait_s, self._logic.idle)
         except RayError as error:
             # Ray is restarting it, or it is gone for good and the next look-up starts another.
             logger.warning("the coordinator of %s does not answer: %s", self._url, error)

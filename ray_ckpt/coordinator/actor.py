@@ -77,11 +77,15 @@ class Coordinator:
 
     # -- called by agents ---------------------------------------------------------------------------------
 
-    async def exchange(self, report: HostReport, seen: Seen, wait_s: float) -> HostView | None:
+    async def exchange(self, report: HostReport, seen: Seen, wait_s: float, idle: bool = False) -> HostView | None:
         """Take a host's report in; answer with its view once that differs from the one ``seen``, or in ``wait_s``.
 
-        None: there is no other view, or a newer question of the same host has come.
+        None: there is no other view, or a newer question of the same host has come. An ``idle`` host only tells what
+        lies in its memory: for its sake the directory is not taken over, which a newer job elsewhere may have.
         """
+        if idle and self._executor is None:
+            await asyncio.sleep(wait_s)
+            return None
         self._start()
         if self._logic.take_in(report, self._clock.now()):
             self._derive_soon()

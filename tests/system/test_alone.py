@@ -69,6 +69,7 @@ def test_an_agent_that_ray_restarts_writes_what_lies_there_though_nobody_calls(m
     job.until_committed(4)
 
 
+@pytest.mark.slow
 def test_a_writer_that_hangs_is_ended(ray_cluster: Cluster, tmp_path: Path) -> None:
     def hang(path: str, store: object) -> None:
         partial = Path(path).with_suffix(".partial")
