@@ -147,8 +147,8 @@ class Agent:
         self._start()
         return bool(self._memory_now.sealed())
 
-    async def parts(self, save: tuple[int, int]) -> tuple[Door | None, list[Part]]:
-        """What lies here of a save, and where it can be read; None: through `read` alone."""
+    async def parts(self, save: tuple[int, int], directory: str) -> tuple[Door | None, list[Part]]:
+        """What lies here of a directory's save, and where it can be read; None: through `read` alone."""
         self._start()
         if self._server is None:
             try:
@@ -156,7 +156,7 @@ class Agent:
             except OSError as error:
                 logger.warning("%s: snapshots can be read through Ray's calls only: %s", self._url, error)
         door = self._server.door if self._server is not None else None
-        return door, await asyncio.to_thread(self._memory_now.parts, save)
+        return door, await asyncio.to_thread(self._memory_now.parts, save, directory)
 
     async def layout(self, fingerprint: str) -> Layout | None:
         """A layout that snapshots here were taken of."""
@@ -178,7 +178,7 @@ class Agent:
 
     async def _mirror(self, source: str, segment: SegmentInfo, bytes_per_s: float | None) -> None:
         agent = await asyncio.to_thread(find_agent, self._url, source)
-        door, parts = await agent.parts.remote(segment.save)
+        door, parts = await agent.parts.remote(segment.save, segment.directory)
         part = next((p for p in parts if Path(p.path).name == segment.name), None)
         layout = await agent.layout.remote(segment.fingerprint)
         if part is None or layout is None:

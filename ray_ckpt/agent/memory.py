@@ -274,10 +274,11 @@ class HostMemory:
 
     # -- for other hosts and for restarts ---------------------------------------------------------------
 
-    def parts(self, save: tuple[int, int]) -> list[Part]:
-        """What lies here of a save, ranks' own snapshots before replicas of others."""
+    def parts(self, save: tuple[int, int], directory: str) -> list[Part]:
+        """What lies here of a directory's save, ranks' own snapshots before replicas of others."""
+        of = (save, directory)
         with self._lock:
-            held = [(info, self._segments[info.name]) for info in self._whole() if info.save == save]
+            held = [(i, self._segments[i.name]) for i in self._whole() if (i.save, i.directory) == of]
         found = []
         for info, segment in sorted(held, key=lambda pair: pair[0].replica):
             layout = self.layout(info.fingerprint)

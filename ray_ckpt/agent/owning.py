@@ -45,15 +45,15 @@ def adopt(other: Path, own: Path) -> None:
     if owner < 0:
         return
     try:
+        for path in other.glob("*.layout"):
+            # First, as a snapshot without its layout explains nothing; and copied, as what stays needs its own.
+            shutil.copyfile(path, own / path.name)
         for path in sorted(other.glob(f"*{SUFFIX}")):
             if not in_use(path):
                 # By inode: no two folders of one run can hold the same.
                 mark = REPLICA if is_replica(path.name) else _ADOPTED
                 path.rename(own / segment_name(rank_of(path.name), f"{mark}{path.stat().st_ino}"))
                 logger.info("%s: taken over from a node that is gone", path)
-        for path in other.glob("*.layout"):
-            # Those that are still used, and so stay, need theirs.
-            shutil.copyfile(path, own / path.name)
         if not any(other.glob(f"*{SUFFIX}")):
             shutil.rmtree(other, ignore_errors=True)
     except (OSError, StorageError, ValueError) as error:

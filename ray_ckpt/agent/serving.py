@@ -110,8 +110,10 @@ def read_piece(memory: HostMemory, path: str, fills: int, start: int, nbytes: in
 
 
 @contextlib.contextmanager
-def recall(url: str, save: tuple[int, int], holders: Holders, here: str) -> Iterator[StoredCheckpoint]:
+def recall(url: str, save: tuple[int, int], directory: str, holders: Holders, here: str) -> Iterator[StoredCheckpoint]:
     """While this runs, the snapshot of a save, whose parts lie with these hosts, by rank; ``here`` is this process's.
+
+    ``directory``: see `types.LogRecord`; one that was deleted may have had a save of the same numbers.
 
     Of the hosts that hold a part it is enough that one is still there; the first that answers is read from.
 
@@ -119,7 +121,7 @@ def recall(url: str, save: tuple[int, int], holders: Holders, here: str) -> Iter
         ObjectMissingError: a part is gone, with its host or from its memory.
         DamagedError: the parts do not belong together.
     """
-    told = _ask_all(url, save, {host for hosts in holders for host in hosts})
+    told = _ask_all(url, save, directory, {host for hosts in holders for host in hosts})
     parts: list[Part] = []
     with contextlib.ExitStack() as stack:
         sources: list[Source] = []
@@ -148,13 +150,13 @@ class _Told(NamedTuple):
     parts: list[Part]
 
 
-def _ask_all(url: str, save: tuple[int, int], hosts: Collection[str]) -> dict[str, _Told]:
+def _ask_all(url: str, save: tuple[int, int], directory: str, hosts: Collection[str]) -> dict[str, _Told]:
     """What those hosts hold that answer. One that died a moment ago does not."""
     agents: dict[str, Any] = {}
     for host in hosts:
         with contextlib.suppress(UnavailableError):
             agents[host] = find_agent(url, host)
-    refs = {host: agent.parts.remote(save) for host, agent in agents.items()}
+    refs = {host: agent.parts.remote(save, directory) for host, agent in agents.items()}
     if refs:
         ray.wait(list(refs.values()), num_returns=len(refs), timeout=_CALL_S)
     told: dict[str, _Told] = {}

@@ -1,6 +1,6 @@
 """Bytes of snapshots from host to host over TCP: faster than through Ray's object store, and without its memory.
 
-A connection begins with the server's token, which only members of the Ray cluster are told (`Agent.door`). Then, any
+A connection begins with the server's token, which only members of the Ray cluster are told (`Agent.parts`). Then, any
 number of times:
 
     request   one line of JSON: [path, fills, start, nbytes]

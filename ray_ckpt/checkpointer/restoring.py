@@ -170,7 +170,7 @@ def _recall(link: Link, decision: RestoreDecision, read: Read) -> tuple[Build | 
         # Another host's copy first, where there is one.
         holders = tuple((*of[again % len(of) :], *of[: again % len(of)]) for of in decision.holders)
         try:
-            with recall(link.url, save, holders, link.node_id) as stored:
+            with recall(link.url, save, decision.directory, holders, link.node_id) as stored:
                 build = read(stored)
             break
         except (DamagedError, StorageError, UnavailableError, RayError) as found:

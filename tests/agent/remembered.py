@@ -52,7 +52,7 @@ def remember(memories: Sequence[HostMemory], world: int, step: int = SAVE[1], *,
 
 def parts_of(memories: Sequence[HostMemory], save: tuple[int, int] = SAVE) -> list[Part]:
     """What the memories hold of a save, by rank."""
-    return sorted((part for memory in memories for part in memory.parts(save)), key=lambda part: part.rank)
+    return sorted((part for memory in memories for part in memory.parts(save, "")), key=lambda part: part.rank)
 
 
 def opened(parts: Sequence[Part]) -> StoredCheckpoint:

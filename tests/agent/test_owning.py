@@ -25,7 +25,7 @@ def test_what_a_lost_node_left_is_taken_over(tmp_path: Path) -> None:
     old = left(tmp_path, "run-old")
     memory = HostMemory(folder(tmp_path, "run-new"), "run")
     assert [(info.rank, info.save) for info in memory.sealed()] == [(0, SAVE)]
-    assert len(memory.parts(SAVE)) == 1, "its layout has come with it"
+    assert len(memory.parts(SAVE, "")) == 1, "its layout has come with it"
     assert not old.exists()
 
 

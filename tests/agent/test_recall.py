@@ -110,11 +110,11 @@ def test_parts_of_two_snapshots_are_not_put_together(memories: list[HostMemory])
 def test_a_copy_holds_the_same_and_its_checksums(memories: list[HostMemory]) -> None:
     remember(memories[:1], 2, keep=True)
     source, target = memories
-    for part in source.parts(SAVE):
+    for part in source.parts(SAVE, ""):
         layout = source.layout(next(i.fingerprint for i in source.sealed() if i.rank == part.rank))
         assert layout is not None
         mirror(target, part, layout, MappedSource(part.path, part.fills), None)
-    copies = target.parts(SAVE)
+    copies = target.parts(SAVE, "")
     assert all(all(part.sums.known[: len(decode_table(part.table).writers)]) for part in copies)
     assert {(info.replica, info.kept) for info in target.sealed()} == {(True, True)}
     stored = opened(sorted(copies, key=lambda part: part.rank))
@@ -126,7 +126,7 @@ def test_two_copies_of_a_rank_at_most(memories: list[HostMemory]) -> None:
     source, target = memories
     for step in (5, 6, 7, 8):
         remember([source], 1, step, keep=True)
-        (part,) = source.parts((SAVE[0], step))
+        (part,) = source.parts((SAVE[0], step), "")
         layout = source.layout(source.sealed()[0].fingerprint)
         assert layout is not None
         mirror(target, part, layout, MappedSource(part.path, part.fills), None)
@@ -137,7 +137,7 @@ def test_two_copies_of_a_rank_at_most(memories: list[HostMemory]) -> None:
 def test_a_copy_that_breaks_off_leaves_nothing(memories: list[HostMemory]) -> None:
     source, target = memories
     remember([source], 1, keep=True)
-    (part,) = source.parts(SAVE)
+    (part,) = source.parts(SAVE, "")
     layout = source.layout(source.sealed()[0].fingerprint)
     assert layout is not None
     with pytest.raises(ObjectMissingError):
@@ -159,7 +159,7 @@ def test_a_writer_leaves_its_checksums(memories: list[HostMemory]) -> None:
 
 def test_a_source_that_is_closed_keeps_no_segment(memories: list[HostMemory]) -> None:
     remember(memories[:1], 1, keep=True)
-    (part,) = memories[0].parts(SAVE)
+    (part,) = memories[0].parts(SAVE, "")
     for segment in memories[0]._segments.values():
         segment.close()
     source = MappedSource(part.path, part.fills)
@@ -179,3 +179,9 @@ def test_kept_memory_is_given_up_only_where_nobody_uses_it(memories: list[HostMe
     assert memory.give_up_kept()
     assert memory.sealed() == []
     assert second != first
+
+
+def test_a_save_of_a_deleted_directory_with_the_same_numbers_is_not_told_of(memories: list[HostMemory]) -> None:
+    remember(memories[:1], 1)
+    assert len(memories[0].parts(SAVE, "")) == 1
+    assert memories[0].parts(SAVE, "another") == []

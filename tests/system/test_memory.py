@@ -18,7 +18,7 @@ from tests.system import states
 from tests.system.job import QUICK, Job, get
 from tests.system.processes import segment_folder, segment_states
 from tests.system.waiting import eventually
-from tests.system.worker import Worker
+from tests.system.worker import until_planned
 
 pytestmark = pytest.mark.xdist_group("ray")
 
@@ -30,13 +30,6 @@ def start(job: Job, world: int) -> Job:
     job.start(world)
     assert job.all("restore") == [None] * world
     return job
-
-
-def until_planned(worker: Worker) -> None:
-    """Wait for plan and memory, which the first save would wait for and a snapshot for memory alone does not."""
-    ckpt = worker.ckpt
-    eventually(lambda: ckpt._link.logic.plan_ready is not None, "a plan")
-    eventually(lambda: ckpt._saver.slots.nbytes > 0, "memory")
 
 
 def until_in_memory(job: Job, step: int) -> None:

@@ -21,7 +21,7 @@ from tests.system import states
 from tests.system.job import QUICK, Crew, Job, get
 from tests.system.processes import segment_folder
 from tests.system.waiting import eventually
-from tests.system.worker import Worker
+from tests.system.worker import until_planned
 
 pytestmark = pytest.mark.xdist_group("ray")
 
@@ -72,12 +72,6 @@ def doomed(ray_cluster: Cluster, crew: Crew) -> Iterator[Doomed]:
     host = Doomed(ray_cluster, crew)
     yield host
     host.end()
-
-
-def until_planned(worker: Worker) -> None:
-    ckpt = worker.ckpt
-    eventually(lambda: ckpt._link.logic.plan_ready is not None, "a plan")
-    eventually(lambda: ckpt._saver.slots.nbytes > 0, "memory")
 
 
 def status(job: Job) -> RunStatus:

@@ -11,7 +11,7 @@ from typing import Any
 
 import ray_ckpt
 from tests.system import states
-from tests.system.waiting import pause
+from tests.system.waiting import eventually, pause
 
 MakeState = Callable[[int, int, int], Any]
 
@@ -108,3 +108,10 @@ class Worker:
         """Report a step, and be killed before the next line runs."""
         self.ckpt.step(step, make(self.rank, self.world, step))
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def until_planned(worker: Worker) -> None:
+    """Wait for plan and memory, which the first save would wait for and a snapshot for memory alone does not."""
+    ckpt = worker.ckpt
+    eventually(lambda: ckpt._link.logic.plan_ready is not None, "a plan")
+    eventually(lambda: ckpt._saver.slots.nbytes > 0, "memory")
