@@ -48,7 +48,9 @@ def install() -> None:
     # First: Ray finds a task by its name in its module, so that must be what the pool of an agent has imported.
     _watch_writer(writer)
     from ray_ckpt.agent import actor as agents
+    from ray_ckpt.agent import mirror
     from ray_ckpt.agent.memory import HostMemory
+    from ray_ckpt.agent.serving import RemoteSource
     from ray_ckpt.coordinator.actor import Coordinator
     from ray_ckpt.coordinator.executor import Executor
     from ray_ckpt.protocol.host import HostLogic
@@ -64,6 +66,11 @@ def install() -> None:
         (HostMemory, "keep_layout", "keep layout"),
         (HostMemory, "next_try", "next try"),
         (HostMemory, "free", "free"),
+        (HostMemory, "keep", "keep"),
+        (agents.Agent, "_have_mirrored", "mirror"),
+        (agents.Agent, "_mirror", "peer mirrors"),
+        (RemoteSource, "read_into", "peer pulls"),
+        (mirror, "sum_up", "peer sums"),
     ):
         _watch(home, method, lambda *_, action=action: action)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import ray
@@ -22,9 +22,11 @@ import ray_ckpt
 from ray_ckpt.coordinator import run_id
 from ray_ckpt.coordinator.executor import _ACTIONS
 from ray_ckpt.errors import SaveError
+from ray_ckpt.protocol.host import Action, StartWrite
 from tests.cluster import RUNS
 from tests.system import kill_hook, states
 from tests.system.job import QUICK, Crew, Job, get
+from tests.system.processes import segment_folder
 from tests.system.test_failures import break_shards
 from tests.system.waiting import eventually
 from tests.system.worker import Worker
@@ -40,6 +42,20 @@ IN_A_SAVE = ("PutClaim", "HasIndex", "PutMetadata", "PutIndex", "Append:commit",
 IN_RETENTION = ("Append:delete", "ListPins", "ReadState", "DeleteIndex", "DeleteData", "DeleteClaim", "PruneLog")
 IN_A_FAILURE = ("Append:abort",)
 OF_AGENTS = ("prepare", "keep layout", "next try", "start write", "written", "free", "view")
+OF_MEMORY = (
+    *(("keep", when) for when in WHEN),
+    *(("mirror", when) for when in WHEN),
+    ("peer mirrors", "before"),
+    ("peer pulls", "after"),
+    ("peer sums", "before"),
+    ("peer sums", "after"),
+)
+"""Of the memory tiers: what a host does with its own snapshots, and what its peer does that copies one (which is sealed
+before it is summed up).
+"""
+SLOTS = 2
+COPIES = 2
+
 OF_WRITERS = (("shard", "before"), ("block", "after"), ("shard", "after"))
 
 BIG = partial(states.large, nbytes=24 << 20)
@@ -132,9 +148,38 @@ def started(struck: _Struck, make: Any = states.small) -> _Struck:
     return struck
 
 
+def until_copied(job: Job, step: int) -> None:
+    """Each part of this step lies on two hosts, and none holds more than it ever has room for."""
+    eventually(lambda: get(job.coordinator().status.remote()).replicated_step == step, f"copies of step {step}")
+    for rank in range(len(job.workers)):
+        found = [path.name for path in segment_folder(job, rank).glob("*.segment")]
+        assert len(found) <= SLOTS + COPIES, found
+
+
+def all_given_back(job: Job) -> None:
+    """A clean end leaves no segment on any host."""
+    folders = [segment_folder(job, rank) for rank in range(len(job.workers))]
+    job.all("call", "close")
+    eventually(lambda: not [p for folder in folders for p in folder.glob("*.segment")], "empty folders")
+
+
+def dies_with_copies(strike: Callable[..., _Struck], action: str, when: str) -> _Struck:
+    struck = started(strike("agent", action, when, replicas=1, snapshots=SLOTS))
+    until_copied(struck.job, 2)
+    struck.arm()
+    goes_on(struck, 3)
+    until_copied(struck.job, struck.job.steps()[-1])
+    return struck
+
+
 def test_every_action_of_the_coordinator_has_a_case() -> None:
     cases = {name.partition(":")[0] for name in (*AT_START, *IN_A_SAVE, *IN_RETENTION, *IN_A_FAILURE)}
     assert cases == {io.__name__ for io in _ACTIONS}
+
+
+def test_every_action_of_a_host_has_a_case() -> None:
+    cases = {*OF_AGENTS, *(action for action, _ in OF_MEMORY)}
+    assert {"start write" if io is StartWrite else io.__name__.lower() for io in get_args(Action)} <= cases
 
 
 def test_the_coordinator_dies_with_the_commit_made_and_untold(strike: Callable[..., _Struck]) -> None:
@@ -195,6 +240,16 @@ def test_an_agent_dies(strike: Callable[..., _Struck], action: str, when: str) -
         started(struck)
         struck.arm()
         goes_on(struck, 3)
+
+
+def test_the_peer_dies_with_its_copy_sealed_and_untold(strike: Callable[..., _Struck]) -> None:
+    dies_with_copies(strike, "peer mirrors", "after")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("action", "when"), OF_MEMORY)
+def test_an_agent_dies_that_keeps_or_copies_a_snapshot(strike: Callable[..., _Struck], action: str, when: str) -> None:
+    all_given_back(dies_with_copies(strike, action, when).job)
 
 
 @pytest.mark.slow
