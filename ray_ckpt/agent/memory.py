@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import shutil
@@ -102,9 +103,9 @@ class HostMemory:
             self._give_up(rank, nbytes, living)
             with self._lock:
                 mine = [(n, s) for n, s in self._segments.items() if rank_of(n) == rank and not is_replica(n)]
-            fitting = [segment for _, segment in mine if segment.data_nbytes >= nbytes]
+            fitting = [segment for _, segment in mine if segment.data_nbytes >= nbytes and not segment.lent]
             taken = {name for name, _ in mine}
-            for name in (f"{rank:05d}-{slot}{SUFFIX}" for slot in range(2 * slots)):
+            for name in (segment_name(rank, str(slot)) for slot in itertools.count()):
                 if len(fitting) >= slots or (fitting and not self._has_room(nbytes, rank)):
                     break
                 if name not in taken:
@@ -124,7 +125,7 @@ class HostMemory:
                 if segment.state is not SegmentState.EMPTY:
                     continue
                 of = rank_of(name)
-                if of == rank and segment.data_nbytes < nbytes:
+                if of == rank and (segment.data_nbytes < nbytes or segment.lent):
                     segment.close()
                     segment.path.unlink(missing_ok=True)
                     del self._segments[name]
@@ -261,16 +262,24 @@ class HostMemory:
             if segment is not None:
                 segment.release(info.fills)
                 outgrown = segment.data_nbytes < self._wanted.get(info.rank, 0)
-                unused = not is_replica(info.name) and (outgrown or info.rank not in living)
+                unused = segment.lent or (not is_replica(info.name) and (outgrown or info.rank not in living))
                 if segment.state is SegmentState.EMPTY and unused:
                     self._give_up_unused(info.name)
 
     def keep(self, info: SegmentInfo) -> None:
-        """No save needs this snapshot any more; it stays until its memory is needed."""
+        """No save needs this snapshot any more; it stays until its memory is needed.
+
+        Older ones of the rank that nobody can fill again, as their data is lent, have no use but for restarts: they go.
+        """
         with self._lock:
             segment = self._segments.get(info.name)
-            if segment is not None:
-                segment.keep(info.fills)
+            if segment is None:
+                return
+            segment.keep(info.fills)
+            for name, other in list(self._segments.items()):
+                older = other.state is SegmentState.KEPT and other.sealed_at < segment.sealed_at
+                if other.lent and older and rank_of(name) == info.rank:
+                    self._give_up_unused(name)
 
     # -- for other hosts and for restarts ---------------------------------------------------------------
 
@@ -318,7 +327,7 @@ class HostMemory:
                     if segment.state is SegmentState.EMPTY and segment.data_nbytes < nbytes:
                         self._give_up_unused(name)
                         del mine[name]
-            fitting = [s for s in mine.values() if s.data_nbytes >= nbytes]
+            fitting = [s for s in mine.values() if s.data_nbytes >= nbytes and not s.lent]
             empty = next((s for s in fitting if s.state is SegmentState.EMPTY), None)
             if empty is not None:
                 # Not given up as unused before it is filled.

@@ -65,6 +65,10 @@ class Slots:
         (generation, step).
         """
         with self._lock:
+            for path in [path for path, segment in self._segments.items() if segment.lent]:
+                # A state was restored from it; there are fewer now than were asked for.
+                self._segments.pop(path).close()
+                self._nbytes = -1
             large = [segment for segment in self._segments.values() if segment.data_nbytes >= nbytes]
         kept = []
         for segment in large:

@@ -24,6 +24,9 @@ from ray_ckpt.restore.region import Array, cut
 from ray_ckpt.restore.stored import StoredCheckpoint
 from ray_ckpt.types import Box, Shape
 
+PACKED_NBYTES = 1 << 20
+"""Up to this size, pieces are read together with their neighbours."""
+
 Wanted = tuple[str, Box, Array]
 """Name of a tensor, a box in it, and the array of that shape to fill."""
 
@@ -79,6 +82,26 @@ class PieceJob:
         objects = np.empty(count, object)
         objects[:] = decode_objects(self.dtype, bytes(raw), count)
         return objects
+
+
+def lent(stored: StoredCheckpoint, name: str, box: Box) -> Array | None:
+    """An array that holds this box already, without a copy; None where there is none, so that it must be read.
+
+    It is verified by reading the box into it, as into any other. Writing to it changes nothing but itself.
+    """
+    tensor = stored.tensor(name)
+    dtype = dtype_of(tensor.dtype)
+    nbytes = box.size * dtype.itemsize
+    if dtype.hasobject or nbytes <= PACKED_NBYTES:
+        return None
+    piece = next((piece for piece in tensor.pieces if piece.box == box), None)
+    if piece is None or piece.nbytes != nbytes or piece.offset % dtype.alignment:
+        return None
+    raw = stored.store.lend(stored.shard_path(piece.shard_id), piece.offset, nbytes)
+    if raw is None:
+        return None
+    array: Array = np.frombuffer(raw, dtype).reshape(box.shape)
+    return array
 
 
 @collector_paused()

@@ -17,13 +17,10 @@ import numpy as np
 from ray_ckpt.bundle import combine, crc32c, dtype_of
 from ray_ckpt.errors import DamagedError
 from ray_ckpt.restore.collector import collector_paused
-from ray_ckpt.restore.jobs import PieceJob, Target
+from ray_ckpt.restore.jobs import PACKED_NBYTES, PieceJob, Target
 from ray_ckpt.restore.region import Array, scatter, span, spans
 from ray_ckpt.restore.stored import StoredCheckpoint, chunk_crc
 from ray_ckpt.types import CHUNK_NBYTES
-
-_PACKED_NBYTES = 1 << 20
-"""Up to this size, pieces are read together with their neighbours."""
 
 _GAP_NBYTES = 64 << 10
 """Reading so many unwanted bytes costs less than another request."""
@@ -183,7 +180,7 @@ def plan_reads(stored: StoredCheckpoint, jobs: Iterable[PieceJob], read_nbytes: 
     reads: list[Read] = []
     packed: list[PieceJob] = []
     for job in jobs:
-        if job.piece.nbytes <= _PACKED_NBYTES or not job.is_numeric:
+        if job.piece.nbytes <= PACKED_NBYTES or not job.is_numeric:
             packed.append(job)
         else:
             reads += _ranges(stored, job, read_nbytes)

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from ray_ckpt.bundle import Index, Piece, StoredTensor, first_fault, shard_name
 from ray_ckpt.errors import DamagedError, ObjectMissingError
 from ray_ckpt.metadata import Metadata, RankTree
@@ -47,6 +49,10 @@ class Source(ABC):
     def read_into(self, start: int, buffer: memoryview) -> None:
         """Fill the buffer with the data from ``start`` on. Raises `ObjectMissingError` if it is gone."""
 
+    def lend(self, start: int, nbytes: int) -> memoryview | None:  # noqa: ARG002
+        """See `Reader.lend`."""
+        return None
+
     def close(self) -> None:  # noqa: B027, optional
         """Nothing more is read."""
 
@@ -55,19 +61,42 @@ class MappedSource(Source):
     """A segment of this host."""
 
     def __init__(self, path: str | Path, fills: int) -> None:
-        self._segment = Segment.open(path)
+        self._segment = Segment.open(path, writable=True)
         self._fills = fills
+        self._own: memoryview | None = None
+        self._lent: set[int] = set()
+
+    def lend(self, start: int, nbytes: int) -> memoryview | None:
+        # Not twice: two arrays in the same memory would change with each other.
+        if start in self._lent:
+            return None
+        if self._own is None:
+            self._own = self._segment.lend(self._fills)
+        if self._own is None:
+            return None
+        self._lent.add(start)
+        return self._own[start : start + nbytes]
 
     def read_into(self, start: int, buffer: memoryview) -> None:
         segment = self._segment
-        buffer[:] = segment.data[start : start + len(buffer)]
+        if not self._is_lent(start, buffer):
+            buffer[:] = segment.data[start : start + len(buffer)]
         # After the copy: somebody who had begun to fill it again would have changed this before the data.
         if segment.fills != self._fills or segment.state not in WHOLE:
             raise ObjectMissingError(f"{segment.path}: the snapshot was overwritten while it was read")
 
+    def _is_lent(self, start: int, buffer: memoryview) -> bool:
+        """Whether the buffer is where these bytes lie already."""
+        return self._own is not None and _address(buffer) == _address(self._own) + start
+
     def close(self) -> None:
-        """Let go of the segment: while it is open nobody gives its memory back."""
+        """Let go of the segment: while it is open nobody gives its memory back. What is lent stays."""
+        self._own = None
         self._segment.close()
+
+
+def _address(view: memoryview) -> int:
+    return int(np.frombuffer(view, np.uint8).ctypes.data)
 
 
 class SnapshotReader(Reader):
@@ -82,6 +111,10 @@ class SnapshotReader(Reader):
         if start + len(buffer) > nbytes:
             raise DamagedError(f"{path!r} in {self.url} has {nbytes} bytes, expected {start + len(buffer)}")
         source.read_into(start, buffer)
+
+    def lend(self, path: str, start: int, nbytes: int) -> memoryview | None:
+        source, held = self._source(path)
+        return source.lend(start, nbytes) if start + nbytes <= held else None
 
     def size(self, path: str) -> int:
         return self._source(path)[1]

@@ -7,7 +7,8 @@ Layout, native byte order (the file never leaves its host):
     56      id of the boot of the machine that filled it, 16 bytes
     72      digest of the table, 16 bytes
     88      the process that fills or filled it: its number, the time it started at; 64-bit words
-    104     JSON of the save id
+    104     whether the data is lent (`Segment.lend`): then it never changes again; 64-bit word
+    112     JSON of the save id
     4096    try counters of 1024 writers: (order of the attempt, tries so far), 64-bit words
     20480   of each of 1024 writers one byte: whether the checksums of its entries are there
     24576   data, exactly the bytes of the data shards, one after another
@@ -57,14 +58,14 @@ from ray_ckpt.strict_json import MALFORMED
 T = TypeVar("T")
 
 MAX_WRITERS = 1024
-_MAGIC = b"RAYCKPT4"
+_MAGIC = b"RAYCKPT5"
 _PAGE = 4096
 _TRIES_AT = 4096
 _SUMMED_AT = _TRIES_AT + 16 * MAX_WRITERS
 HEADER_NBYTES = _SUMMED_AT + _PAGE
 _BOOT = slice(56, 72)
 _DIGEST = slice(72, 88)
-_SAVE_AT = 104
+_SAVE_AT = 112
 _STATE_AT = 8
 _MADV_POPULATE_WRITE = 23
 _POPULATE_NBYTES = 8 << 20
@@ -98,6 +99,7 @@ class _Word(IntEnum):
     SEALED_AT_US = 6
     OWNER_PID = 11
     OWNER_STARTED = 12
+    LENT = 13
 
 
 class Segment:
@@ -228,6 +230,29 @@ class Segment:
             return decode_save(self._map[_SAVE_AT : _SAVE_AT + self._words[_Word.SAVE_NBYTES]])
         return None
 
+    @property
+    def lent(self) -> bool:
+        """Whether somebody was given the data as memory of his own: then it is never filled again."""
+        return bool(self._words[_Word.LENT])
+
+    def lend(self, fills: int) -> memoryview | None:
+        """The data as private memory, without a copy: pages are copied when they are written to.
+
+        It stays as long as the view does, whatever becomes of the segment: that is never filled again, only removed.
+        Nothing is locked by it. None if the segment does not hold this fill any more.
+        """
+        with _range_lock(self._fd, _STATE_AT):
+            if self.state not in WHOLE or self.fills != fills:
+                return None
+            self._words[_Word.LENT] = 1
+        # Opened anew, as the lock would stay with the mapping; by its number, as the file may have another name by now.
+        fd = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            own = mmap.mmap(fd, HEADER_NBYTES + self.data_nbytes, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
+        finally:
+            os.close(fd)
+        return memoryview(own)[HEADER_NBYTES:]
+
     def populate(self) -> None:
         """Map every page into this process now, so that the first snapshot does not pay for it."""
         length = len(self._map)
@@ -244,8 +269,8 @@ class Segment:
         """While this runs the segment is being filled; unless it was sealed by the end, it is empty then.
 
         Raises:
-            SaveError: it holds a sealed snapshot, which must be released first, or a living process is filling it.
-                One that is only kept is lost.
+            SaveError: it holds a sealed snapshot, which must be released first, or a living process is filling it, or
+                its data is lent. A snapshot that is only kept is lost.
         """
         text = encode_save(save)
         if len(text) > _TRIES_AT - _SAVE_AT:
@@ -267,6 +292,8 @@ class Segment:
         """EMPTY -> FILLING by this process. The owner comes first: without one nobody could tell if it died."""
         me = ProcessId.of(os.getpid())
         with _range_lock(self._fd, _STATE_AT):
+            if self.lent:
+                raise SaveError(f"{self.path}: a restored state lies in it: fill another segment, and remove this one")
             if self.state is SegmentState.SEALED:
                 raise SaveError(f"{self.path}: still holds the snapshot {self.save}; release it first")
             if self.state is SegmentState.FILLING and self._filler_lives:

@@ -74,6 +74,13 @@ class Reader(ABC):
         Raises `ObjectMissingError`, and `DamagedError` where the object ends before.
         """
 
+    def lend(self, path: str, start: int, nbytes: int) -> memoryview | None:  # noqa: ARG002
+        """These bytes as writeable memory of the caller's own, where that can be had without a copy; None: read them.
+
+        To read the same bytes into it is then only to check that they are there.
+        """
+        return None
+
     def read_range(self, path: str, start: int, nbytes: int) -> bytes:
         """Exactly ``nbytes`` bytes from ``start`` on. Raises as `read_into` does."""
         buffer = bytearray(nbytes)

@@ -14,7 +14,7 @@ import numpy as np
 from ray_ckpt.bundle import dtype_of
 from ray_ckpt.errors import MismatchError, UsageError
 from ray_ckpt.leaves import build
-from ray_ckpt.restore import Progress, StoredCheckpoint, Wanted, check_extents, collector_paused, read_boxes
+from ray_ckpt.restore import Progress, StoredCheckpoint, Wanted, check_extents, collector_paused, lent, read_boxes
 from ray_ckpt.target.match import LeafPlan, Source, bare
 from ray_ckpt.types import Box
 
@@ -47,7 +47,7 @@ def read_values(
     plans = sorted(plans, key=_is_in_place)
     # The size of what has a target is the target's; that of the rest is only what the index claims.
     check_extents(stored, {s.tensor.name for plan in plans for s in plan.sources if s.like is None})
-    pieces, wanted = _allocated(plans)
+    pieces, wanted = _allocated(stored, plans)
     read_boxes(stored, wanted, threads=threads, budget_nbytes=budget_nbytes, progress=progress)
     return partial(_built, plans, pieces)
 
@@ -66,12 +66,12 @@ def _built(plans: list[LeafPlan], pieces: list[list[Pieces]]) -> dict[str, Any]:
 
 
 @collector_paused()
-def _allocated(plans: list[LeafPlan]) -> tuple[list[list[Pieces]], list[Wanted]]:
-    """New arrays for each source of each leaf, and the same as what is to be read."""
+def _allocated(stored: StoredCheckpoint, plans: list[LeafPlan]) -> tuple[list[list[Pieces]], list[Wanted]]:
+    """Arrays for each source of each leaf, and the same as what is to be read; new ones, but where memory is lent."""
     pieces: list[list[Pieces]] = []
     wanted: list[Wanted] = []
     for plan in plans:
-        arrays = [_allocate(plan.name, source) for source in plan.sources]
+        arrays = [_allocate(stored, plan.name, source) for source in plan.sources]
         pieces.append(arrays)
         for source, boxes in zip(plan.sources, arrays, strict=True):
             wanted += [(source.tensor.name, box, array) for box, array in boxes.items()]
@@ -82,10 +82,14 @@ def _is_in_place(plan: LeafPlan) -> bool:
     return hasattr(bare(plan.like), "assign")
 
 
-def _allocate(name: str, source: Source) -> Pieces:
+def _allocate(stored: StoredCheckpoint, name: str, source: Source) -> Pieces:
     dtype = dtype_of(source.tensor.dtype)
+    arrays: Pieces = {}
     try:
-        return {box: _aligned(np.empty(box.shape, dtype), source) for box in source.boxes}
+        for box in source.boxes:
+            own = lent(stored, source.tensor.name, box)
+            arrays[box] = _aligned(np.empty(box.shape, dtype), source) if own is None else own
+        return arrays
     except (MemoryError, ValueError) as error:
         raise UsageError(
             f"{name}: no memory for its part of {dtype.name}{list(source.tensor.shape)} ({error}): restore it on"
