@@ -359,6 +359,7 @@ class Agent:
         With news, several together where they come fast, ask anew: that ends the older question.
         """
         self._news.clear()
+        began = time.monotonic()
         asked = asyncio.ensure_future(self._exchange())
         self._tasks.add(asked)
         asked.add_done_callback(self._asked)
@@ -366,8 +367,9 @@ class Agent:
         await asyncio.wait({asked, news}, return_when=asyncio.FIRST_COMPLETED)
         news.cancel()
         if not asked.done():
-            # While there is no coordinator, no more often than it is looked for.
-            await asyncio.sleep(_DEBOUNCE_S if self._coordinator is not None else _AGAIN_S)
+            # The first news at once. While there is no coordinator, no more often than it is looked for.
+            asked_s = time.monotonic() - began
+            await asyncio.sleep(max(_DEBOUNCE_S - asked_s, 0.0) if self._coordinator is not None else _AGAIN_S)
         elif asked.exception() is not None:
             await asyncio.sleep(_AGAIN_S)
 
