@@ -1,4 +1,4 @@
-"""Whether a process on this host still runs."""
+"""Whether a process on this host still runs, and the host itself since then."""
 
 from __future__ import annotations
 
@@ -37,3 +37,17 @@ def _stat(pid: int) -> tuple[str, int]:
     # The command in field 2 may hold spaces and parentheses.
     fields = text.rpartition(")")[2].split()
     return fields[0], int(fields[19])
+
+
+def boot_id() -> bytes:
+    """What tells this run of the machine from others, 16 bytes; zeros where the kernel does not say."""
+    global _boot
+    if _boot is None:
+        try:
+            _boot = bytes.fromhex(Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", ""))
+        except (OSError, ValueError):
+            _boot = bytes(16)
+    return _boot
+
+
+_boot: bytes | None = None

@@ -25,7 +25,6 @@ of the process that fills, and a segment whose filler has died can be emptied by
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import mmap
@@ -37,12 +36,13 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
 from ray_ckpt.errors import DamagedError, SaveError, StorageError, UsageError
-from ray_ckpt.snapshot.process import ProcessId
+from ray_ckpt.snapshot.process import ProcessId, boot_id
+from ray_ckpt.snapshot.space import check_free, raise_full
 from ray_ckpt.snapshot.table import (
     SaveId,
     Sums,
@@ -134,7 +134,7 @@ class Segment:
             raise UsageError(f"{path}: a segment cannot have {data_nbytes} bytes")
         path = Path(path)
         total = HEADER_NBYTES + data_nbytes
-        _check_free(path, total)
+        check_free(path, total)
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except OSError as err:
@@ -152,7 +152,7 @@ class Segment:
             os.close(fd)
             path.unlink(missing_ok=True)
             if isinstance(err, OSError):
-                _raise_full(path, total, err)
+                raise_full(path, total, err)
             raise
 
     @classmethod
@@ -208,7 +208,7 @@ class Segment:
     def state(self) -> SegmentState:
         """The state as any process sees it now."""
         state = SegmentState(self._words[_Word.STATE])
-        stale = state in WHOLE and self._map[_BOOT] != _boot_id()
+        stale = state in WHOLE and self._map[_BOOT] != boot_id()
         return SegmentState.EMPTY if stale else state
 
     @property
@@ -302,7 +302,7 @@ class Segment:
                     "is this rank running twice on this host?"
                 )
             self._words[_Word.OWNER_PID], self._words[_Word.OWNER_STARTED] = me.pid, me.started
-            self._map[_BOOT] = _boot_id()
+            self._map[_BOOT] = boot_id()
             self._filling = self._words[_Word.FILLS] + 1
             self._words[_Word.FILLS] = self._filling
             self._words[_Word.STATE] = SegmentState.FILLING
@@ -310,7 +310,7 @@ class Segment:
     @property
     def _filler_lives(self) -> bool:
         owner = ProcessId(self._words[_Word.OWNER_PID], self._words[_Word.OWNER_STARTED])
-        return self._map[_BOOT] == _boot_id() and owner.alive
+        return self._map[_BOOT] == boot_id() and owner.alive
 
     @property
     def _is_mine(self) -> bool:
@@ -344,7 +344,7 @@ class Segment:
             os.posix_fallocate(self._fd, self._table_at, max(1, len(table)))
             os.pwrite(self._fd, table, self._table_at)
         except OSError as err:
-            _raise_full(self.path, len(table), err)
+            raise_full(self.path, len(table), err)
         with _range_lock(self._fd, _STATE_AT):
             self._check_mine()
             self._words[_Word.TABLE_NBYTES] = len(table)
@@ -425,7 +425,7 @@ class Segment:
                 os.pwrite(fd, np.array(sums, np.uint32).tobytes(), self._sums_at + 4 * at)
             os.pwrite(fd, b"\1", _SUMMED_AT + writer)
         except OSError as err:
-            _raise_full(self.path, 4 * len(crcs), err)
+            raise_full(self.path, 4 * len(crcs), err)
         finally:
             os.close(fd)
 
@@ -485,40 +485,5 @@ def _range_lock(fd: int, start: int) -> Iterator[None]:
 _threads = threading.Lock()
 
 
-def _check_free(path: Path, nbytes: int) -> None:
-    try:
-        found = os.statvfs(path.parent)
-    except OSError as err:
-        raise StorageError(f"{path.parent}: cannot hold segments: {err.strerror}") from err
-    free = found.f_bavail * found.f_frsize
-    if free < nbytes:
-        raise StorageError(f"{path}: needs {nbytes} bytes, its folder has {free} free; {_REMEDY}")
-
-
-_REMEDY = (
-    "give it more (docker run --shm-size, an emptyDir with medium Memory, mount -o remount,size=), remove old "
-    "segments with `ray-ckpt clean`, or name another folder"
-)
-
-
-def _raise_full(path: Path, nbytes: int, err: OSError) -> NoReturn:
-    if err.errno == errno.ENOSPC:
-        raise StorageError(f"{path}: no space for {nbytes} bytes in {path.parent}; {_REMEDY}") from err
-    raise StorageError(f"{path}: cannot write the segment: {err.strerror}") from err
-
-
 def _digest(table: bytes) -> bytes:
     return hashlib.blake2b(table, digest_size=16).digest()
-
-
-def _boot_id() -> bytes:
-    global _boot
-    if _boot is None:
-        try:
-            _boot = bytes.fromhex(Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", ""))
-        except (OSError, ValueError):
-            _boot = bytes(16)
-    return _boot
-
-
-_boot: bytes | None = None

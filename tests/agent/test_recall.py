@@ -12,7 +12,7 @@ import pytest
 from ray_ckpt.agent.memory import HostMemory
 from ray_ckpt.agent.mirror import mirror
 from ray_ckpt.errors import DamagedError, ObjectMissingError
-from ray_ckpt.restore import MappedSource, StoredCheckpoint, read_boxes
+from ray_ckpt.restore import MappedSource, StoredCheckpoint, lent, open_snapshot, read_boxes
 from ray_ckpt.snapshot import Segment, SegmentState, decode_table, in_use
 from ray_ckpt.target import read_state
 from ray_ckpt.types import Box
@@ -65,6 +65,103 @@ def test_any_box_across_the_segments(memories: list[HostMemory], summed: bool) -
     read_boxes(opened(parts_of(memories)), [("big", box, out), ("replica", part, more)])
     assert np.array_equal(out, whole[box.slices])
     assert np.array_equal(more, np.arange(3_000_000, dtype=np.int32)[part.slices])
+
+
+def taken(memories: list[HostMemory], save: tuple[int, int] = SAVE) -> Any:
+    """The only rank's state as a restart takes it, which lets go of the segments after."""
+    parts = parts_of(memories, save)
+    sources = [MappedSource(part.path, part.fills) for part in parts]
+    state = restored(open_snapshot("the memory of a test", parts, sources), 0, 1)
+    for source in sources:
+        source.close()
+    return state
+
+
+def is_in(array: Any, memories: list[HostMemory]) -> bool:
+    """Whether an array lies in the memory of a segment."""
+    address = array.__array_interface__["data"][0]
+    names = {path.name for path in segments(memories)}
+    with open("/proc/self/maps") as maps:
+        for line in maps:
+            first, _, rest = line.partition("-")
+            last, path = rest.split(" ", 1)
+            if int(first, 16) <= address < int(last, 16):
+                return Path(path.split()[-1].removesuffix("(deleted)")).name in names
+    raise AssertionError("it lies nowhere")
+
+
+def test_large_arrays_lie_in_the_snapshots_own_memory(memories: list[HostMemory]) -> None:
+    remember(memories, 2, keep=True)
+    sum_all_up(memories)
+    one, other = (restored(opened(parts_of(memories)), 0, 2) for _ in range(2))
+    assert is_in(one["big"].array, memories)
+    assert not is_in(one["mine"].value, memories)
+    one["big"].array[:] = 1.0
+    for memory in memories:
+        memory.remove()
+    assert plain(other) == plain(states(2)[0]), "what one does with its state does not show in the other's"
+    assert not one["big"].array.min() < 1.0
+
+
+def test_a_part_that_is_wanted_twice_is_two_arrays(memories: list[HostMemory]) -> None:
+    remember(memories[:1], 1, keep=True)
+    stored = opened(parts_of(memories[:1]))
+    (piece,) = stored.tensor("big").pieces
+    first, second = lent(stored, "big", piece.box), lent(stored, "big", piece.box)
+    assert first is not None
+    assert second is None
+    again = np.empty(piece.box.shape, np.float32)
+    read_boxes(stored, [("big", piece.box, first), ("big", piece.box, again)])
+    assert np.array_equal(first, states(1)[0]["big"].array)
+    assert np.array_equal(again, first)
+
+
+def test_only_whole_parts_are_lent(memories: list[HostMemory]) -> None:
+    remember(memories[:1], 1, keep=True)
+    stored = opened(parts_of(memories[:1]))
+    assert lent(stored, "big", Box((1, 0), (2, BIG[1]))) is None
+    assert lent(stored, "step", Box((), ())) is None
+
+
+def test_a_state_in_lent_memory_outlives_the_snapshots_after_it(memories: list[HostMemory]) -> None:
+    memory = memories[0]
+    remember([memory], 1, keep=True)
+    lent_name = memory.sealed()[0].name
+    state = taken([memory])
+    for step in (6, 7, 8):
+        remember([memory], 1, step, keep=True)
+        assert lent_name in {info.name for info in memory.sealed()}, "until a save needs no older one"
+    (saved,) = (info for info in memory.sealed() if info.step == 8)
+    memory.keep(saved)
+    assert lent_name not in {info.name for info in memory.sealed()}
+    assert not (memory.folder / lent_name).exists()
+    assert plain(state) == plain(states(1)[0])
+
+
+def test_a_lent_snapshot_that_is_not_needed_goes(memories: list[HostMemory]) -> None:
+    memory = memories[0]
+    remember([memory], 1)
+    (info,) = memory.sealed()
+    state = taken([memory])
+    memory.free(info, {0})
+    assert segments([memory]) == []
+    assert plain(state) == plain(states(1)[0])
+
+
+def test_copies_are_not_made_into_lent_memory(memories: list[HostMemory]) -> None:
+    source, target = memories
+    found = {}
+    for step in (5, 6, 7, 8):
+        remember([source], 1, step, keep=True)
+        (part,) = source.parts((SAVE[0], step), "")
+        layout = source.layout(source.sealed()[0].fingerprint)
+        assert layout is not None
+        mirror(target, part, layout, MappedSource(part.path, part.fills), None)
+        found[step] = taken([target], (SAVE[0], step))
+    assert sorted(info.step for info in target.sealed()) == [7, 8]
+    assert len(segments([target])) == 2
+    for state in found.values():
+        assert plain(state) == plain(states(1)[0])
 
 
 def flip(path: Path, value: float) -> None:

@@ -23,6 +23,6 @@ def small_units(monkeypatch: pytest.MonkeyPatch) -> int:
     for module in (check, engine, reads, stored):
         monkeypatch.setattr(module, "CHUNK_NBYTES", SMALL_CHUNK_NBYTES)
     monkeypatch.setattr(engine, "READ_NBYTES", 2 * SMALL_CHUNK_NBYTES)
-    monkeypatch.setattr(reads, "_PACKED_NBYTES", 32)
+    monkeypatch.setattr(reads, "PACKED_NBYTES", 32)
     monkeypatch.setattr(reads, "_GAP_NBYTES", 16)
     return SMALL_CHUNK_NBYTES

@@ -16,6 +16,7 @@ import pytest
 
 from ray_ckpt.errors import DamagedError, SaveError, StorageError, UsageError
 from ray_ckpt.snapshot import Segment, SegmentState, in_use, reclaim, scan
+from ray_ckpt.snapshot import process as process_module
 from ray_ckpt.snapshot import segment as segment_module
 from ray_ckpt.snapshot.folder import default_folder
 from ray_ckpt.snapshot.segment import HEADER_NBYTES
@@ -114,7 +115,7 @@ def test_a_process_killed_while_filling_leaves_no_snapshot(segment: Segment, whe
 def test_a_snapshot_from_before_a_reboot_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, (segment,) = snapshots(tmp_path, [{"a": 1}])
     with segment:
-        monkeypatch.setattr(segment_module, "_boot", b"another boot!!!!")
+        monkeypatch.setattr(process_module, "_boot", b"another boot!!!!")
         assert (segment.state, segment.save) == (SegmentState.EMPTY, None)
 
 
@@ -252,3 +253,52 @@ def test_the_default_folder_is_this_users_alone(monkeypatch: pytest.MonkeyPatch,
     folder.chmod(0o755)
     with pytest.raises(StorageError, match="mode 0700"):
         default_folder("run")
+
+
+def sealed(segment: Segment) -> int:
+    """Fill it with a pattern and seal it; its fill count."""
+    with segment.fill(SAVE):
+        segment.data[:] = bytes(range(250)) * 40
+        segment.seal(b'{"entries":[],"writers":[],"writer_base":0,"digests":{},"save":' + b"{}}", keep=True)
+    return segment.fills
+
+
+def test_what_is_lent_is_the_borrowers_own_and_stays(segment: Segment) -> None:
+    fills = sealed(segment)
+    whole = bytes(segment.data)
+    first, second = segment.lend(fills), segment.lend(fills)
+    assert first is not None
+    assert second is not None
+    assert first == second == whole
+    first[0] = 99
+    assert (first[0], second[0], segment.data[0]) == (99, 0, 0)
+    segment.close()
+    assert reclaim(segment.path), "who borrows locks nothing"
+    assert not segment.path.exists()
+    assert second == whole
+    assert first[1:] == whole[1:]
+
+
+@pytest.mark.parametrize("released", [True, False])
+def test_what_is_lent_is_never_filled_again(segment: Segment, released: bool) -> None:
+    fills = sealed(segment)
+    assert not segment.lent
+    view = segment.lend(fills)
+    with Segment.open(segment.path, writable=True) as other:
+        assert other.lent
+        if released:
+            other.release()
+        with pytest.raises(SaveError, match="a restored state lies in it"), other.fill(SAVE):
+            pass
+    assert view == segment.data
+
+
+def test_another_fill_is_not_lent(segment: Segment) -> None:
+    fills = sealed(segment)
+    assert segment.lend(fills + 1) is None
+    with segment.fill(SAVE):
+        assert segment.lend(segment.fills) is None
+    assert segment.lend(segment.fills) is None
+    assert not segment.lent
+    sealed(segment)
+    assert segment.lend(fills) is None
