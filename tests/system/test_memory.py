@@ -6,6 +6,9 @@ import os
 import signal
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,12 +16,13 @@ import ray
 
 import ray_ckpt
 from ray_ckpt import PerWorker
+from ray_ckpt.agent.owning import SUFFIX
 from ray_ckpt.snapshot import SegmentState
 from tests.system import states
 from tests.system.job import QUICK, Job, get
 from tests.system.processes import segment_folder, segment_states
 from tests.system.waiting import eventually
-from tests.system.worker import until_planned
+from tests.system.worker import Worker, until_planned
 
 pytestmark = pytest.mark.xdist_group("ray")
 
@@ -83,6 +87,44 @@ def test_a_newer_step_than_the_store_has(make_job: Callable[..., Job]) -> None:
     again.all("train", 7, 10)
     again.all("call", "close")
     assert again.steps() == [10]
+
+
+def train_in_place(worker: Worker, first: int, last: int) -> None:
+    """Steps that change the arrays they find, as optimizers do."""
+    for step in range(first, last + 1):
+        worker.state["w"].array[...] += 1
+        worker.state["step"] = step
+        worker.ckpt.step(step, worker.state)
+
+
+def lent(worker: Worker) -> list[str]:
+    """The segments whose memory this process has as its own."""
+    return [
+        line.split()[-1]
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if SUFFIX in line and "w-p" in line
+    ]
+
+
+def test_arrays_in_a_snapshots_own_memory_are_trained_and_saved_as_any(make_job: Callable[..., Job]) -> None:
+    settings: dict[str, Any] = {"timeouts": PATIENT, "save_steps": 4, "memory_steps": 1}
+    size = partial(states.large, nbytes=3 << 20)
+    for world, steps in ((2, (1, 6)), (2, (7, 11)), (2, (12, 18))):
+        job = make_job(**settings).start(world)
+        first, last = steps
+        assert job.all("restore", size) == [first - 1 or None] * world
+        assert [len(names) for names in job.all("do", lent)] == [int(first > 1)] * world
+        job.all("do", until_planned)
+        job.all("do", train_in_place, first, last - 1)
+        job.until_committed(last // 4 * 4)
+        job.all("do", train_in_place, last, last)
+        until_in_memory(job, last)
+        kill_all(job)
+    job = make_job(**settings).start(2)
+    assert job.all("restore", size) == [18, 18]
+    for state in job.all("get", "state"):
+        assert state == states.plain({**size(0, 2, 18), "w": replace(size(0, 2, 18)["w"], offset=state["w"][3])})
+    assert max(len(list(segment_folder(job, rank).glob(f"*{SUFFIX}"))) for rank in range(2)) <= 4, "memory is given up"
 
 
 @pytest.mark.slow
