@@ -52,7 +52,7 @@ class Saver:
     def register(self, state: Any) -> None:
         """Tell the structure of the state ahead of the first save, so that plan and memory are ready for it."""
         layout, _ = self._layouts.of(self._leaves_of(state))
-        self._set_layout(layout, None)
+        self._set_layout(layout)
 
     def save(self, step: int, state: Any, trigger: Trigger) -> None:
         """Snapshot this rank's share of the state, or report that it could not be done.
@@ -111,13 +111,14 @@ class Saver:
         if layout.fingerprint != self._fingerprint:
             if self._fingerprint is not None:
                 # First the plan for what all ranks had registered: one for a mixture of old and new would fit nobody.
-                self._plan(step)
-            self._set_layout(layout, step)
-        plan = self._plan(step)
+                self._plan(step, trigger)
+            self._set_layout(layout)
+        plan = self._plan(step, trigger)
         if plan is None:
+            self._give_up()
             return
         nbytes = needed_nbytes(plan, layout, values)
-        segment = self._memory(step, nbytes, plan)
+        segment = self._memory(step, trigger, nbytes, plan)
         while segment is not None:
             try:
                 take_snapshot(
@@ -126,7 +127,7 @@ class Saver:
                 )  # fmt: skip
             except SegmentTooSmallError as error:
                 # A string has grown between measuring and copying: another thread changes the state.
-                segment = self._memory(step, 2 * error.needed_nbytes, plan)
+                segment = self._memory(step, trigger, 2 * error.needed_nbytes, plan)
                 continue
             self._first = False
             with self._link.condition:
@@ -136,30 +137,35 @@ class Saver:
                 mib, ms = nbytes / (1 << 20), 1000 * (time.time() - due)
                 logger.info("step %d: snapshot of %.1f MiB taken on this host in %.0f ms", step, mib, ms)
             return
+        self._give_up()
 
     def _leaves_of(self, state: Any) -> Any:
         """The state as containers of leaves: what TensorFlow would save of its own checkpoint object."""
         return gather(state, self._link.rank) if is_trackable(state) else state
 
-    def _plan(self, step: int) -> RankPlan | None:
-        """The plan for the registered layout; None if the save failed while it was waited for."""
+    def _plan(self, step: int, trigger: Trigger) -> RankPlan | None:
+        """The plan for the registered layout; None if the snapshot is not needed any more."""
         logic = self._link.logic
+        with self._link.condition:
+            if logic.plan_ready is None:
+                logic.await_plan(step)
+                self._link.courier.nudge()
         self._link.wait(
-            lambda: logic.plan_ready is not None or step in logic.outcomes,
+            lambda: logic.plan_ready is not None or logic.is_off(step, trigger),
             self._config.save_timeout_s,
             f"the plan of who writes what at step {step}",
         )
         return logic.plan_ready
 
-    def _memory(self, step: int, nbytes: int, plan: RankPlan) -> Segment | None:
-        """A free segment; None if the save failed while it was waited for."""
+    def _memory(self, step: int, trigger: Trigger, nbytes: int, plan: RankPlan) -> Segment | None:
+        """A free segment; None if the snapshot is not needed any more."""
         roomy = nbytes + max(_STRING_ROOM_NBYTES, int(_STRING_GROWTH * (nbytes - plan.fixed_nbytes)))
         if nbytes > self.slots.nbytes:
             self.slots.grow(roomy)
         found: list[Segment] = []
 
         def ready() -> bool:
-            if self.slots.error is not None or step in self._link.logic.outcomes:
+            if self.slots.error is not None or self._link.logic.is_off(step, trigger):
                 return True
             if nbytes > self.slots.nbytes:
                 self.slots.grow(roomy)
@@ -198,10 +204,14 @@ class Saver:
         with self._link.condition:
             self._link.logic.skip(step, reason)
 
-    def _set_layout(self, layout: Layout, waiting_step: int | None) -> None:
+    def _give_up(self) -> None:
+        with self._link.condition:
+            self._link.logic.go_on()
+
+    def _set_layout(self, layout: Layout) -> None:
         self._fingerprint = layout.fingerprint
         with self._link.condition:
-            self._link.logic.set_layout(layout, waiting_step)
+            self._link.logic.set_layout(layout)
         self._link.courier.nudge()
 
     # -- off the training thread ------------------------------------------------------------------------

@@ -123,7 +123,7 @@ class Generations:
                 self._sort_in(report)
         if self.forming is not None:
             self._check_forming(self.forming)
-        if self.forming is None or not self.forming.sealing:
+        if (self.forming is None or not self.forming.sealing) and self._ledger.appending != "seal":
             self._saves.unsettle()
         self._check_start()
 

@@ -237,8 +237,10 @@ class HostLogic:
                     continue
                 if self.view is None or segment.directory != self.view.directory:
                     continue
-                # What is kept may be overwritten at any time; no commit counts on it.
-                if segment.kept or (segment.replica and segment.rank not in order.replicas):
+                if segment.replica and segment.rank not in order.replicas:
+                    continue
+                if self._settled(segment, self.view):
+                    self._decline(segment, order)
                     continue
                 for local in range(segment.writers):
                     if len(self._writing) >= self.max_writes:
@@ -247,6 +249,15 @@ class HostLogic:
                     if self._wanted(start):
                         self._writing.add((segment.name, local))
                         yield start
+
+    def _decline(self, segment: SegmentInfo, order: WriteOrder) -> None:
+        """A coordinator before this one has decided the save: its snapshot may be overwritten at any time, so no commit
+        may count on it, nor later ones wait for it.
+        """
+        for local in range(segment.writers):
+            start = StartWrite(segment, local, order)
+            if self._wanted(start):
+                self.on_write_failed(start, "its save was decided before", final=True)
 
     def _wanted(self, start: StartWrite) -> bool:
         key = (start.order.attempt, start.writer)

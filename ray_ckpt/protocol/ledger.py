@@ -34,7 +34,11 @@ Done = Callable[[LogRecord], None]
 
 
 class Ledger:
-    """Owns ``head``, the newest record of this epoch. ``now`` is set by the coordinator at each event."""
+    """Owns ``head``, the newest record of this epoch. ``now`` is set by the coordinator at each event.
+
+    ``appending``: the kind of the record on its way to the log, empty for none. It may be there already, so what it
+    decides stands whatever happens to those whom it is for.
+    """
 
     def __init__(self, flows: Flows, owner: str) -> None:
         self.flows = flows
@@ -43,6 +47,7 @@ class Ledger:
         self.phase: Literal["starting", "active", "fenced"] = "starting"
         self.epoch = 0
         self.trouble = ""
+        self.appending = ""
         self._head: LogRecord | None = None
         self._queue: deque[tuple[Build, Done]] = deque()
         self._state_dirty = True
@@ -88,10 +93,12 @@ class Ledger:
             record = build(self.head)
             if record is None:
                 continue
+            self.appending = record.kind
             won, _ = yield from self.retry(Append(record))
             if not won:
                 self.fence()
                 return
+            self.appending = ""
             self._head = record
             self._state_dirty = True
             done(record)

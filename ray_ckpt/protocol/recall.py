@@ -88,14 +88,23 @@ class Recall:
         Of the last generation, whatever it is: its steps follow on all that it restored. Of an older one only what
         the last one started from itself.
         """
-        last = self._ledger.head.generation
-        if last is None:
-            return None
-        eligible = [s for s in self.whole if s not in bad and (s[0] == last.number or s == last.snapshot)]
-        newest = max(eligible, default=None)
+        newest = max((save for save in self._eligible if save not in bad), default=None)
         if newest is None or (checkpoint is not None and (checkpoint.generation, checkpoint.step) >= newest):
             return None
         return newest
+
+    @property
+    def _eligible(self) -> list[Save]:
+        last = self._ledger.head.generation
+        return [save for save in self.whole if last is not None and (save[0] == last.number or save == last.snapshot)]
+
+    @property
+    def newest_eligible(self) -> Save | None:
+        """The newest whole snapshot that a start may take: those before need not be kept. The newest of all for none.
+
+        What processes took that a newer start has left behind may be newer than what that one began with.
+        """
+        return max(self._eligible or self.whole, default=None)
 
     @property
     def newest(self) -> Save | None:
@@ -115,8 +124,9 @@ class Recall:
 
     @property
     def newest_settled(self) -> Save | None:
-        """The newest whole snapshot of which no further copy is to come: those before need not be kept."""
-        return max((save for save, s in self.whole.items() if s.settled), default=None)
+        """The same as `newest_eligible` of those of which no further copy is to come."""
+        whole = self.whole
+        return max((save for save in self._eligible or whole if whole[save].settled), default=None)
 
 
 def peers(domains: dict[str, str]) -> dict[str, str]:

@@ -165,7 +165,7 @@ class Views:
         if self._generations.forming is not None or not self._generations.started or not self._all_known:
             return (0, 0)
         # With copies, the newest that any host may be lost of: the next one's are still being made.
-        newest = self._recall.newest_settled if self._peers else self._recall.newest
+        newest = self._recall.newest_settled if self._peers else self._recall.newest_eligible
         return newest or (0, 0)
 
     def _find_common(self, forming: Forming | None) -> tuple[Any, ...]:

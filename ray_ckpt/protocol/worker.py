@@ -204,10 +204,24 @@ class WorkerLogic:
         self._skipped[step] = reason
         self._waiting_step = self._due_step = None
 
-    def set_layout(self, layout: Layout, waiting_step: int | None) -> None:
-        """The structure of the state, new or changed; ``waiting_step`` if `step()` is held for its plan."""
+    def is_off(self, step: int, trigger: Trigger) -> bool:
+        """Whether the snapshot that is due need not be taken any more: its save has ended, or what it was agreed on
+        for was dropped. Of that no save is known where no rank has taken its snapshot yet.
+        """
+        agreed = any(p.step == step for p in self._accepted.values())
+        return step in self.outcomes or (trigger == "proposal" and not agreed)
+
+    def go_on(self) -> None:
+        """`step()` is held no longer, and the snapshot that was due is not taken."""
+        self._waiting_step = self._due_step = None
+
+    def set_layout(self, layout: Layout) -> None:
+        """The structure of the state, new or changed."""
         self._layout = layout
-        self._waiting_step = waiting_step
+
+    def await_plan(self, step: int) -> None:
+        """`step()` is held for the plan of the present layout."""
+        self._waiting_step = step
 
     @property
     def plan_ready(self) -> RankPlan | None:

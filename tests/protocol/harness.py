@@ -184,7 +184,7 @@ class Job:
             worker.restore_read(RestoreResult(*worker.restore.key))
         beat(self.world, self.hosts)
         for worker in self.workers:
-            worker.set_layout(layout(worker.rank, worker.config.world_size), None)
+            worker.set_layout(layout(worker.rank, worker.config.world_size))
         beat(self.world, self.hosts)
         assert all(w.restore_done and w.plan_ready for w in self.workers)
         return self

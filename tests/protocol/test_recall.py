@@ -102,6 +102,17 @@ def test_a_copy_takes_the_place_of_a_lost_original() -> None:
     assert memory.recall.newest_doubled is None
 
 
+def test_what_a_start_left_behind_does_not_outdate_what_the_next_one_began_with() -> None:
+    memory = Memory(Generation(3, 2, 4, snapshot=(2, 4)))
+    for rank in range(2):
+        memory.hold(f"h{rank}", part(rank, 2, 4), part(rank, 2, 5))
+    assert memory.recall.newest_eligible == (2, 4)
+    assert memory.recall.newest_settled is None, "as its copies are still to come"
+    for rank in range(2):
+        memory.hold(f"h{rank}", part(rank, 2, 4), part(rank, 2, 5), part(rank, 3, 5))
+    assert memory.recall.newest_eligible == (3, 5)
+
+
 @pytest.mark.parametrize(
     ("held", "taken"),
     [

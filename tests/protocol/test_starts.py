@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ray_ckpt.protocol.flows import Io, PutIndex
+from ray_ckpt.protocol.flows import Append, Io, PutIndex
 from ray_ckpt.protocol.messages import JobConfig, RestoreWish
 from tests.protocol.harness import Job, World, beat
 
@@ -27,6 +27,21 @@ def test_a_start_that_fails_lets_the_running_job_go_on(wish: RestoreWish) -> Non
     beat(world, [*job.hosts, *stray.hosts])
     assert world.committed == [1, 2, 3]
     assert [w.refused for w in job.workers] == [None, None]
+
+
+def test_no_save_is_begun_while_the_record_of_the_next_start_is_on_its_way() -> None:
+    """Those whom it is for may have died by then."""
+    world = World()
+    job = Job(world, TWO, "a").start()
+    world.hung = lambda io: isinstance(io, Append)
+    second = Job(world, TWO, "b")
+    beat(world, [*job.hosts, *second.hosts])
+    second.die()
+    beat(world, [*job.hosts, *second.hosts])
+    job.step(1)
+    beat(world, [*job.hosts, *second.hosts])
+    assert world.coordinator.generations.forming is None
+    assert not world.coordinator.saves.active
 
 
 def test_a_start_that_is_killed_while_saves_settle_lets_the_running_job_go_on() -> None:

@@ -122,6 +122,21 @@ def test_a_save_that_ended_while_its_snapshot_waited_is_heard_of() -> None:
     assert logic.outcomes[1].error == "late"
 
 
+def test_the_snapshot_for_a_dropped_proposal_is_off() -> None:
+    logic = worker()
+    view(logic, proposals=(Proposal("a", 5),))
+    due = logic.arrive(5)
+    assert due is not None
+    assert due.snapshot == "proposal"
+    logic.await_plan(5)
+    assert not logic.is_off(5, "proposal")
+    view(logic, proposals=(Proposal("a", 5, state="dropped"),))
+    assert logic.is_off(5, "proposal")
+    assert not logic.is_off(5, "explicit"), "who is asked for it waits for the other ranks"
+    logic.go_on()
+    assert (logic.report().due_step, logic.report().waiting_step) == (None, None)
+
+
 def test_who_has_finished_accepts_nothing_more() -> None:
     logic = worker()
     logic.arrive(5)

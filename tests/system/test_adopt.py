@@ -16,7 +16,7 @@ from ray_ckpt.bundle import parse_state_file
 from ray_ckpt.errors import NoCheckpointError, UsageError
 from ray_ckpt.tree import Named
 from tests.system import states
-from tests.system.job import Job
+from tests.system.job import Job, get
 from tests.system.waiting import eventually
 from tests.system.worker import Worker
 
@@ -156,6 +156,45 @@ def run_on(worker: Worker) -> list[int]:
 def run_past(worker: Worker) -> None:
     """The loop goes beyond the last step that was told: its state is not known any more."""
     worker.ckpt.reached(worker.done + 10)
+
+
+def test_who_waits_for_the_first_plan_goes_on_once_another_rank_was_too_late(make_job: Callable[..., Job]) -> None:
+    """No rank has a snapshot of the step that was refused, so no save of it would ever end."""
+    job = make_job().start(2)
+    job.all("call", "adopt", None)
+    job.all("do", run, 10)
+    (deaf,) = job.begin("do", hear_nothing_until_far_ahead)[1:]
+    job.on(0, "call", "request_save")
+    step = eventually(lambda: job.on(0, "do", agreed), "one rank is bound to a step")
+    told = job.begin("do", tell, step)[0]
+    eventually(lambda: job.on(0, "do", waits_for_a_plan), "it waits there for the structure of the other's state")
+    job.on(1, "go_on", 0)
+    get([deaf, told])
+    assert not [message for message in job.on(0, "get", "messages") if "could not snapshot" in message]
+    assert job.on(0, "call", "outcome", step) is None
+
+
+def hear_nothing_until_far_ahead(worker: Worker) -> None:
+    """Votes for nothing until `go_on`; then the loop has gone past all that was proposed."""
+    if worker.rank == 0:
+        return
+    with worker.ckpt._link.lock:
+        worker.wait_to_go_on()
+        worker.ckpt.reached(1000)
+
+
+def agreed(worker: Worker) -> int | None:
+    """The step that this worker is bound to."""
+    return next((p.step for p in worker.ckpt._link.logic.report().accepted), None)
+
+
+def tell(worker: Worker, step: int) -> None:
+    if worker.rank == 0:
+        worker.ckpt.step(step, lambda: named(worker.rank, worker.world, step))
+
+
+def waits_for_a_plan(worker: Worker) -> bool:
+    return worker.ckpt._link.logic.report().waiting_step is not None
 
 
 def test_leaving_adds_nothing_to_what_was_saved(make_job: Callable[..., Job]) -> None:

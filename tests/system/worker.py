@@ -79,6 +79,11 @@ class Worker:
             return states.plain(self.state)
         return getattr(self, name) if name in ("messages", "done") else getattr(self.ckpt, name)
 
+    def wait_to_go_on(self) -> None:
+        """Return with `go_on`."""
+        self._gate.clear()
+        assert self._gate.wait(60.0), f"rank {self.rank} was left to wait"
+
     def hold(self) -> int:
         """Have `train` wait between two steps; the last step that it has completed."""
         self._held.clear()

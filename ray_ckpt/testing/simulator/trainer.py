@@ -137,7 +137,7 @@ class Trainer(Process):
         self.report()
         yield from self._restore()
         self._layout = layout(self.rank, False, self.scenario.two_writers)
-        self.logic.set_layout(self._layout, None)
+        self.logic.set_layout(self._layout)
         self.report()
         self.progress = self.logic.restored_step or 0
         first = self.progress + 1
@@ -215,23 +215,29 @@ class Trainer(Process):
         mine = self._layout_at(step)
         if mine != self._layout:
             self._layout = mine
-            self.logic.set_layout(mine, step)
+            self.logic.set_layout(mine)
+        if self.logic.plan_ready is None:
+            self.logic.await_plan(step)
             self.report()
-        yield from self._wait_for(lambda: self.logic.plan_ready is not None, step, "a plan")
+        yield from self._wait_for(lambda: self.logic.plan_ready is not None, step, trigger, "a plan")
         if self.logic.plan_ready is None:
             return
-        yield from self._wait_for(lambda: self._free_slot() is not None, step, "memory")
+        yield from self._wait_for(lambda: self._free_slot() is not None, step, trigger, "memory")
         slot = self._free_slot()
         if slot is not None:
             yield from self._fill(slot, mine, step, trigger)
 
-    def _wait_for(self, ready: Callable[[], bool], step: int, what: str) -> Thread:
-        """Wait until it is there, or the save has failed without us, or for too long."""
-        give_up = self.world.now + WAIT_S
-        yield lambda: ready() or step in self.logic.outcomes or self.logic.error is not None or self.world.now > give_up
+    def _wait_for(self, ready: Callable[[], bool], step: int, trigger: Trigger, what: str) -> Thread:
+        """Wait until it is there, or the snapshot is not needed any more, or for too long."""
+        logic, give_up = self.logic, self.world.now + WAIT_S
+        yield lambda: ready() or logic.is_off(step, trigger) or logic.error is not None or self.world.now > give_up
         self._check()
-        if not ready() and step not in self.logic.outcomes:
-            self.logic.skip(step, f"no {what} for {WAIT_S} s")
+        if ready():
+            return
+        if logic.is_off(step, trigger):
+            logic.go_on()
+        else:
+            logic.skip(step, f"no {what} for {WAIT_S} s")
 
     def _free_slot(self, loose: Collection[tuple[int, int]] | None = None) -> Slot | None:
         slots = self.host.slots_of(self.rank, self.scenario.slots)
