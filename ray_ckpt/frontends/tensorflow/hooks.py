@@ -349,8 +349,8 @@ class CheckpointSaverHook(tf.compat.v1.train.CheckpointSaverHook):  # type: igno
         if self._files is not None:
             try:
                 self._files.write_meta(outcome.prefix, saves.session.graph, saves.saver, newest=not saves.is_pending)
-                if _have_after_save(self._listeners):
-                    # They look for the newest checkpoint, and must find this one.
+                if self._waits or _have_after_save(self._listeners):
+                    # Whoever is told of the commit looks for the newest checkpoint, and must find this one.
                     self._files.name_newest()
             except RayCkptError as error:
                 _complain(error, raises)
