@@ -101,6 +101,31 @@ def test_a_lost_host_s_snapshot_is_restored_from_its_peer(
         assert found == states.plain(expected)
 
 
+@pytest.mark.slow
+def test_a_spare_host_takes_the_place_of_a_lost_one(
+    make_job: Callable[..., Job], doomed: Doomed, ray_cluster: Cluster, crew: Crew
+) -> None:
+    job = make_job(timeouts=PATIENT, memory_steps=3, replicas=1).start(3, hosts=[0, 1, doomed.index])
+    job.all("restore", states.mixed)
+    job.all("do", until_planned)
+    job.all("train", 1, 6, states.mixed)
+    eventually(lambda: status(job).replicated_step == 6, "a second copy of each part of step 6")
+    doomed.lose(job, politely=False)
+    job.kill(0)
+    job.kill(1)
+    job.end()
+    crew.hosts.pop()
+    spare = Doomed(ray_cluster, crew)
+    try:
+        again = make_job(timeouts=PATIENT, memory_steps=3, replicas=1).start(3, hosts=[0, 1, spare.index])
+        assert again.all("restore", states.mixed) == [6] * 3
+        assert ray_ckpt.checkpoints(again.url) == []
+        assert again.all("get", "state") == [states.plain(states.mixed(rank, 3, 6)) for rank in range(3)]
+        again.end()
+    finally:
+        spare.end()
+
+
 @pytest.mark.parametrize("politely", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_lost_host_s_shards_are_written_by_its_peer(
     make_job: Callable[..., Job], doomed: Doomed, politely: bool
