@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shutil
 import threading
 import time
 from collections.abc import Collection, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +29,8 @@ logger = logging.getLogger(__name__)
 _CALL_S = 30.0
 _READ_S = 60.0
 
+_ROOM = 1.2
+"""Times the size of the snapshots of this host that must be free beside them before their memory is lent."""
 
 _CONNECTIONS = 4
 """Of a thread: a process has a number of threads that read, and files that it can open."""
@@ -122,6 +126,7 @@ def recall(url: str, save: tuple[int, int], directory: str, holders: Holders, he
         DamagedError: the parts do not belong together.
     """
     told = _ask_all(url, save, directory, {host for hosts in holders for host in hosts})
+    lends = here in told and _can_be_replaced(told[here].parts)
     parts: list[Part] = []
     with contextlib.ExitStack() as stack:
         sources: list[Source] = []
@@ -133,13 +138,27 @@ def recall(url: str, save: tuple[int, int], directory: str, holders: Holders, he
             host, part = found
             parts.append(part)
             source: Source = (
-                MappedSource(part.path, part.fills)
+                MappedSource(part.path, part.fills, lends=lends)
                 if host == here
                 else RemoteSource(told[host].agent, told[host].door, part, host)
             )
             stack.callback(source.close)
             sources.append(source)
         yield open_snapshot(f"the memory of {len(told)} hosts", parts, sources)
+
+
+def _can_be_replaced(parts: Collection[Part]) -> bool:
+    """Whether there is room for new memory in place of these segments, which is needed if their own is lent.
+
+    All of this host: its ranks come here at the same time, and none makes memory before all have restored.
+    """
+    if not parts:
+        return False
+    free = shutil.disk_usage(Path(next(iter(parts)).path).parent).free
+    wanted = sum(part.nbytes for part in parts)
+    if free < _ROOM * wanted:
+        logger.info("%d bytes of snapshots are copied, not lent: %d are free in their folder", wanted, free)
+    return free >= _ROOM * wanted
 
 
 class _Told(NamedTuple):

@@ -58,17 +58,18 @@ class Source(ABC):
 
 
 class MappedSource(Source):
-    """A segment of this host."""
+    """A segment of this host. ``lends``: its memory may become that of restored arrays."""
 
-    def __init__(self, path: str | Path, fills: int) -> None:
+    def __init__(self, path: str | Path, fills: int, *, lends: bool = True) -> None:
         self._segment = Segment.open(path, writable=True)
         self._fills = fills
+        self._lends = lends
         self._own: memoryview | None = None
         self._lent: set[int] = set()
 
     def lend(self, start: int, nbytes: int) -> memoryview | None:
         # Not twice: two arrays in the same memory would change with each other.
-        if start in self._lent:
+        if not self._lends or start in self._lent:
             return None
         if self._own is None:
             self._own = self._segment.lend(self._fills)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from ray_ckpt.agent import serving
 from ray_ckpt.agent.memory import HostMemory
 from ray_ckpt.agent.mirror import mirror
+from ray_ckpt.agent.serving import _Told, recall
 from ray_ckpt.errors import DamagedError, ObjectMissingError
 from ray_ckpt.restore import MappedSource, StoredCheckpoint, lent, open_snapshot, read_boxes
 from ray_ckpt.snapshot import Segment, SegmentState, decode_table, in_use
@@ -121,6 +125,23 @@ def test_only_whole_parts_are_lent(memories: list[HostMemory]) -> None:
     stored = opened(parts_of(memories[:1]))
     assert lent(stored, "big", Box((1, 0), (2, BIG[1]))) is None
     assert lent(stored, "step", Box((), ())) is None
+
+
+@pytest.mark.parametrize("free", [0.5, 1.5])
+def test_nothing_is_lent_where_there_is_no_room_for_new_memory(
+    memories: list[HostMemory], monkeypatch: pytest.MonkeyPatch, free: float
+) -> None:
+    remember(memories[:1], 2, keep=True)
+    parts = parts_of(memories[:1])
+    room = int(free * sum(part.nbytes for part in parts))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=room))
+    told = {"here": _Told(None, None, parts)}
+    monkeypatch.setattr(serving, "_ask_all", lambda *_: told)
+    with recall("url", SAVE, "", (("here",), ("here",)), "here") as stored:
+        state = restored(stored, 0, 2)
+    assert is_in(state["big"].array, memories) is (free > 1)
+    assert [Segment.open(path).lent for path in segments(memories)] == [free > 1, False]
+    assert plain(state) == plain(states(2)[0])
 
 
 def test_a_state_in_lent_memory_outlives_the_snapshots_after_it(memories: list[HostMemory]) -> None:
