@@ -12,6 +12,7 @@ from collections.abc import Generator
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from ray_ckpt.protocol.choice import Choice, choose, hindrance
 from ray_ckpt.protocol.flows import Flow, Flows, Io, IoFailedError, ListAgents, ReadHead, Until
 from ray_ckpt.protocol.ledger import Ledger
 from ray_ckpt.protocol.messages import (
@@ -24,29 +25,14 @@ from ray_ckpt.protocol.messages import (
     WorkerReport,
 )
 from ray_ckpt.protocol.recall import Recall
-from ray_ckpt.protocol.roster import Roster, Save
+from ray_ckpt.protocol.roster import Roster
 from ray_ckpt.protocol.saves import Saves
-from ray_ckpt.types import Checkpoint, Generation, LogRecord
+from ray_ckpt.types import Generation, LogRecord
 
 _INVENTORY_S = 5.0
 """So long at least a start waits for hosts that may hold a newer snapshot than those that have spoken: an agent that
 was killed comes back.
 """
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """What a start restores: a checkpoint, or a snapshot that is newer than all of them, or nothing."""
-
-    checkpoint: Checkpoint | None
-    snapshot: Save | None = None
-
-    @property
-    def step(self) -> int | None:
-        """The step that it is of."""
-        if self.snapshot is not None:
-            return self.snapshot[1]
-        return self.checkpoint.step if self.checkpoint is not None else None
 
 
 @dataclass(slots=True)
@@ -82,7 +68,7 @@ class Generations:
         self.errors: dict[str, Problem] = {}
         self.note = ""
         self._known: set[str] = set()
-        self._bad: set[str | Save] = set()
+        self._bad: set[str] = set()
         self._falling_back = False
         self._roll_calls = 0
         self._holders: dict[tuple[int, int], Holders] = {}
@@ -252,7 +238,7 @@ class Generations:
     # -- sealing ----------------------------------------------------------------------------------------
 
     def _seal(self, forming: Forming) -> Flow:
-        problem = self._problem(self._wish_of(forming), forming.config)
+        problem = hindrance(self._ledger.head.live, self._wish_of(forming), forming.config)
         if problem and self._saves.settled:
             # Before anything is given up for a start that cannot succeed.
             self._fail(forming, problem)
@@ -301,45 +287,19 @@ class Generations:
         assert report.restore is not None
         return report.restore
 
-    def _problem(self, wish: RestoreWish, config: JobConfig) -> Problem | None:
-        live = self._ledger.head.live
-        usable = [c for c in live if not c.superseded]
-        if wish.kind == "step" and all(c.step != wish.step for c in live):
-            steps = ", ".join(str(c.step) for c in live) or "none at all"
-            return Problem("NoCheckpointError", f"step {wish.step} is not among the checkpoints: {steps}")
-        if wish.kind == "none" and usable and not config.fresh:
-            return Problem(
-                "UsageError",
-                f"the directory holds checkpoints up to step {usable[-1].step}, but the job trains without a "
-                "restore(): call restore() first, or pass fresh=True to let the new run replace them",
-            )
-        return None
-
-    def _choose(self, wish: RestoreWish, bad: frozenset[str | Save]) -> Choice:
-        live = [c for c in self._ledger.head.live if c.prefix not in bad]
-        if wish.kind == "none":
-            return Choice(None)
-        if wish.kind == "step":
-            return Choice(next((c for c in reversed(live) if c.step == wish.step), None))
-        newest = next((c for c in reversed(live) if not c.superseded), None)
-        if wish.stored:
-            return Choice(newest)
-        snapshot = self._recall.newer_than(newest, [b for b in bad if not isinstance(b, str)])
-        return Choice(newest) if snapshot is None else Choice(None, snapshot)
-
     def _seal_record(self, head: LogRecord, forming: Forming, wish: RestoreWish) -> LogRecord | None:
         if self.forming is not forming:
             return None
-        problem = self._problem(wish, forming.config)
+        problem = hindrance(head.live, wish, forming.config)
         if problem:
             self._fail(forming, problem)
             return None
         # Of this very head: the generation before may have fallen back to another choice a moment ago.
-        chosen = self._choose(wish, frozenset())
+        chosen = choose(head.live, self._recall, wish)
         number = head.generation.number + 1 if head.generation else 1
         generation = Generation(number, forming.config.world_size, chosen.step, snapshot=chosen.snapshot)
-        keep = (wish.kind == "none" and not forming.config.fresh) or chosen.snapshot is not None
-        live = head.live if keep else _supersede(head.live, chosen.checkpoint)
+        keep = wish.kind == "none" and not forming.config.fresh
+        live = head.live if keep else chosen.mark(head.live)
         return self._ledger.next_record("seal", generation=generation, live=live)
 
     def _sealed(self, record: LogRecord, forming: Forming, members: dict[int, str]) -> None:
@@ -438,19 +398,20 @@ class Generations:
         decision = self.decision()
         wish = reports[rank].restore
         assert wish is not None
-        if current.snapshot is not None:
-            self._bad.add(current.snapshot)
+        tried, where = current.snapshot, "?"
+        if tried is not None:
+            where = f"the snapshot of step {tried[1]} in host memory"
         elif decision is not None and decision.checkpoint is not None:
-            self._bad.add(decision.checkpoint.prefix)
-        chosen = self._choose(wish, frozenset(self._bad)) if wish.kind == "newest" else Choice(None)
-        where = decision.checkpoint.prefix if decision is not None and decision.checkpoint else "?"
-        if current.snapshot is not None:
-            where = f"the snapshot of step {current.snapshot[1]} in host memory"
+            tried, where = (decision.checkpoint.generation, decision.checkpoint.step), decision.checkpoint.prefix
+            self._bad.add(where)
+        newest = wish.kind == "newest"
+        chosen = choose(self._ledger.head.live, self._recall, wish, self._bad, tried) if newest else Choice(None)
         if chosen.step is None and current.snapshot is None:
             self._give_up(f"{where} cannot be read (rank {rank}: {what})", wish)
             return
         # That memory is lost happens; without a checkpoint the job begins again then.
         instead = "starting afresh" if chosen.step is None else f"taking step {chosen.step}"
+        instead += " from host memory" if chosen.snapshot is not None else ""
         self.note = f"{where} is damaged (rank {rank}: {what}): {instead} instead"
         self._falling_back = True
         self._ledger.submit(lambda head: self._fall_back_record(head, current, chosen), lambda _: self._fallen_back())
@@ -471,23 +432,10 @@ class Generations:
         generation = replace(
             head.generation, restored_step=chosen.step, round=head.generation.round + 1, snapshot=chosen.snapshot
         )
-        live = head.live if chosen.snapshot is not None else _supersede(head.live, chosen.checkpoint)
-        return self._ledger.next_record("seal", generation=generation, live=live, reason=self.note)
+        return self._ledger.next_record("seal", generation=generation, live=chosen.mark(head.live), reason=self.note)
 
     def _fallen_back(self) -> None:
         self._falling_back = False
-
-
-def _supersede(live: tuple[Checkpoint, ...], chosen: Checkpoint | None) -> tuple[Checkpoint, ...]:
-    """Everything committed after ``chosen`` is superseded; ``chosen`` itself is not, whatever it was.
-
-    None: the run starts afresh and replaces all that is there.
-    """
-    after = live.index(chosen) if chosen is not None else -1
-    return tuple(
-        replace(c, superseded=True) if i > after else (replace(c, superseded=False) if i == after else c)
-        for i, c in enumerate(live)
-    )
 
 
 def _wish_text(wish: RestoreWish) -> str:

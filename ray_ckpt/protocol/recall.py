@@ -6,7 +6,6 @@ See docs/design/0004-memory-tiers.md.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from ray_ckpt.protocol.ledger import Ledger
@@ -82,13 +81,18 @@ class Recall:
         found = self.whole.get(save) if save is not None else None
         return found.holders if found is not None else ()
 
-    def newer_than(self, checkpoint: Checkpoint | None, bad: Collection[Save]) -> Save | None:
+    def newer_than(self, checkpoint: Checkpoint | None, tried: Save | None = None) -> Save | None:
         """The newest snapshot that a start may take instead of ``checkpoint``, the newest in the store; None for none.
 
         Of the last generation, whatever it is: its steps follow on all that it restored. Of an older one only what
-        the last one started from itself.
+        the last one started from itself. Instead of what the last one has ``tried`` to start from, in vain: what that
+        one's generation had taken before.
         """
-        newest = max((save for save in self._eligible if save not in bad), default=None)
+        if tried is None:
+            eligible = self._eligible
+        else:
+            eligible = [save for save in self.whole if save[0] == tried[0] and save < tried]
+        newest = max(eligible, default=None)
         if newest is None or (checkpoint is not None and (checkpoint.generation, checkpoint.step) >= newest):
             return None
         return newest
@@ -99,17 +103,19 @@ class Recall:
         return [save for save in self.whole if last is not None and (save[0] == last.number or save == last.snapshot)]
 
     @property
-    def newest_eligible(self) -> Save | None:
-        """The newest whole snapshot that a start may take: those before need not be kept. The newest of all for none.
-
-        What processes took that a newer start has left behind may be newer than what that one began with.
-        """
-        return max(self._eligible or self.whole, default=None)
-
-    @property
     def newest(self) -> Save | None:
         """The newest whole snapshot."""
         return max(self.whole, default=None)
+
+    @property
+    def kept_from(self) -> Save | None:
+        """The newest whole snapshot that a start may take, of all where it may take none; or the one before it of the
+        same generation, should the newest not be readable. Those before need not be kept.
+
+        What processes took that a newer start has left behind may be newer than what that one began with.
+        """
+        last = sorted(self._eligible or self.whole)[-2:]
+        return next((save for save in last if save[0] == last[-1][0]), None)
 
     @property
     def newest_is_whole(self) -> bool:
@@ -124,7 +130,7 @@ class Recall:
 
     @property
     def newest_settled(self) -> Save | None:
-        """The same as `newest_eligible` of those of which no further copy is to come."""
+        """The newest of which no further copy is to come, of those that a start may take; of all where it may take none."""
         whole = self.whole
         return max((save for save in self._eligible or whole if whole[save].settled), default=None)
 

@@ -39,8 +39,9 @@ def adds_to(view: HostView, known: HostView) -> bool:
     """
     if _common_part(view) != _common_part(known) or not set(view.decided) <= set(known.decided):
         return True
-    if view.peer and view.kept_from != known.kept_from:
-        # The next snapshots wait for the memory.
+    ended = view.kept_from[0] > view.oldest_generation
+    if (view.peer or ended) and view.kept_from != known.kept_from:
+        # The next snapshots wait for the memory; and of a job that has ended well nobody may be there to tell it later.
         return True
     orders = {(order.attempt, order.replicas) for order in known.orders}
     if any((order.attempt, order.replicas) not in orders for order in view.orders):
@@ -165,8 +166,8 @@ class Views:
         if self._generations.forming is not None or not self._generations.started or not self._all_known:
             return (0, 0)
         # With copies, the newest that any host may be lost of: the next one's are still being made.
-        newest = self._recall.newest_settled if self._peers else self._recall.newest_eligible
-        return newest or (0, 0)
+        kept = self._recall.newest_settled if self._peers else self._recall.kept_from
+        return kept or (0, 0)
 
     def _find_common(self, forming: Forming | None) -> tuple[Any, ...]:
         """All that views are made of beside the host's own report, as far as it is worth an answer at once."""

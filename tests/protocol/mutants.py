@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
+from ray_ckpt.protocol import generation as generation_module
 from ray_ckpt.protocol import host as host_module
 from ray_ckpt.protocol import views as views_module
+from ray_ckpt.protocol.choice import Choice
 from ray_ckpt.protocol.cut import Cut
 from ray_ckpt.protocol.flows import Append, DeleteClaim, DeleteData, DeleteIndex, IoFailedError, PutClaim, Until
-from ray_ckpt.protocol.generation import Choice, Generations
 from ray_ckpt.protocol.host import HostLogic
 from ray_ckpt.protocol.keeper import Keeper
 from ray_ckpt.protocol.ledger import Ledger
@@ -208,18 +209,18 @@ def commit_out_of_order(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @mutant("training")
 def take_a_superseded_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Generations._choose
+    original = generation_module.choose
 
-    def choose(self: Generations, wish: Any, bad: Any) -> Any:
-        chosen = original(self, wish, bad)
+    def choose(live: Any, recall: Any, wish: Any, bad: Any = (), tried: Any = None) -> Any:
+        chosen = original(live, recall, wish, bad, tried)
         if wish.kind == "newest" and chosen.snapshot is None:
-            return Choice(next((c for c in reversed(self._ledger.head.live) if c.prefix not in bad), None))
+            return Choice(next((c for c in reversed(live) if c.prefix not in bad), None))
         return chosen
 
-    monkeypatch.setattr(Generations, "_choose", choose)
+    monkeypatch.setattr(generation_module, "choose", choose)
 
 
-@mutant("tensorflow", "quiet", seed=672)
+@mutant("tensorflow", "quiet", seed=737)
 def overwrite_the_checkpoint_file(monkeypatch: pytest.MonkeyPatch) -> None:
     def replace_if(self: Disk, op: Op, actor: str, _: int) -> bool:
         self._set(op, actor, op.data)
@@ -295,13 +296,13 @@ def restore_an_incomplete_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
 @mutant("recall")
 def restore_a_snapshot_older_than_the_newest_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     original = Recall.newer_than
-    monkeypatch.setattr(Recall, "newer_than", lambda self, checkpoint, bad: original(self, None, bad))
+    monkeypatch.setattr(Recall, "newer_than", lambda self, checkpoint, tried=None: original(self, None, tried))
 
 
 @mutant("recall")
 def restore_a_snapshot_of_any_generation(monkeypatch: pytest.MonkeyPatch) -> None:
-    def newer_than(self: Recall, checkpoint: Any, bad: Any) -> Any:
-        newest = max((s for s in self.whole if s not in bad), key=lambda s: s[1], default=None)
+    def newer_than(self: Recall, checkpoint: Any, tried: Any = None) -> Any:
+        newest = max((s for s in self.whole if tried is None or s < tried), key=lambda s: s[1], default=None)
         return newest if newest and (checkpoint is None or checkpoint.step < newest[1]) else None
 
     monkeypatch.setattr(Recall, "newer_than", newer_than)
@@ -362,4 +363,4 @@ def leave_copies_unwritten(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @mutant("recall")
 def keep_nothing_for_a_restart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Recall, "newer_than", lambda self, checkpoint, bad: None)
+    monkeypatch.setattr(Recall, "newer_than", lambda self, checkpoint, tried=None: None)

@@ -106,11 +106,11 @@ def test_what_a_start_left_behind_does_not_outdate_what_the_next_one_began_with(
     memory = Memory(Generation(3, 2, 4, snapshot=(2, 4)))
     for rank in range(2):
         memory.hold(f"h{rank}", part(rank, 2, 4), part(rank, 2, 5))
-    assert memory.recall.newest_eligible == (2, 4)
+    assert memory.recall.kept_from == (2, 4)
     assert memory.recall.newest_settled is None, "as its copies are still to come"
     for rank in range(2):
         memory.hold(f"h{rank}", part(rank, 2, 4), part(rank, 2, 5), part(rank, 3, 5))
-    assert memory.recall.newest_eligible == (3, 5)
+    assert memory.recall.kept_from == (3, 5)
 
 
 @pytest.mark.parametrize(
@@ -126,32 +126,55 @@ def test_what_a_start_left_behind_does_not_outdate_what_the_next_one_began_with(
 def test_of_the_last_generation_what_is_newer_than_the_newest_commit(
     held: tuple[int, int], taken: tuple[int, int] | None
 ) -> None:
-    assert both(*held).recall.newer_than(COMMIT, ()) == taken
+    assert both(*held).recall.newer_than(COMMIT) == taken
 
 
 def test_what_the_last_generation_started_from_may_be_taken_again() -> None:
     memory = both(2, 9)
     memory.ledger._head = replace(memory.ledger.head, generation=Generation(3, 2, 9, snapshot=(2, 9)))
     old = replace(COMMIT, generation=2, step=8)
-    assert memory.recall.newer_than(old, ()) == (2, 9)
-    assert memory.recall.newer_than(None, ()) == (2, 9)
-    assert memory.recall.newer_than(COMMIT, ()) is None
-    assert memory.recall.newer_than(old, [(2, 9)]) is None
+    assert memory.recall.newer_than(old) == (2, 9)
+    assert memory.recall.newer_than(None) == (2, 9)
+    assert memory.recall.newer_than(COMMIT) is None
+    assert memory.recall.newer_than(old, (2, 9)) is None
 
 
 def test_what_proved_unreadable_is_not_taken_again() -> None:
     memory = Memory(Generation(3, 2, None))
     for rank in range(2):
         memory.hold(f"h{rank}", part(rank, 3, 7), part(rank, 3, 8))
-    assert memory.recall.newer_than(COMMIT, ()) == (3, 8)
-    assert memory.recall.newer_than(COMMIT, [(3, 8)]) == (3, 7)
-    assert memory.recall.newer_than(COMMIT, [(3, 8), (3, 7)]) is None
+    assert memory.recall.newer_than(COMMIT) == (3, 8)
+    # By then the next generation is in the log.
+    memory.ledger._head = replace(memory.ledger.head, generation=Generation(4, 2, 8, snapshot=(3, 8)))
+    assert memory.recall.newer_than(COMMIT, (3, 8)) == (3, 7)
+    assert memory.recall.newer_than(COMMIT, (3, 7)) is None
+    assert memory.recall.newer_than(replace(COMMIT, step=7), (3, 8)) is None
+
+
+def test_instead_of_a_damaged_checkpoint_what_its_own_generation_had_taken_before() -> None:
+    memory = both(3, 5)
+    memory.ledger._head = replace(memory.ledger.head, generation=Generation(4, 2, 6))
+    older = replace(COMMIT, step=4)
+    assert memory.recall.newer_than(older, (3, 6)) == (3, 5)
+    assert memory.recall.newer_than(older, (2, 6)) is None
+    assert memory.recall.newer_than(None, (4, 6)) is None
+
+
+def test_the_one_before_the_newest_is_kept_too_if_it_is_of_the_same_generation() -> None:
+    memory = both(3, 7)
+    assert memory.recall.kept_from == (3, 7)
+    for rank in range(2):
+        memory.hold(f"h{rank}", *(part(rank, 3, step) for step in (6, 7, 8)))
+    assert memory.recall.kept_from == (3, 7)
+    for rank in range(2):
+        memory.hold(f"h{rank}", *(part(rank, 3, step) for step in (7, 8)), part(rank, 4, 9))
+    assert memory.recall.kept_from == (4, 9)
 
 
 def test_before_the_first_generation_there_is_nothing_to_take() -> None:
     memory = both(3, 7)
     memory.ledger._head = replace(memory.ledger.head, generation=None)
-    assert memory.recall.newer_than(None, ()) is None
+    assert memory.recall.newer_than(None) is None
 
 
 LAYOUTS = [

@@ -67,3 +67,18 @@ def segment_states(job: Job, rank: int) -> list[SegmentState]:
 def during(job: Job, stage: str) -> Callable[[], bool]:
     """Whether a save of the run is in this stage, as its coordinator says."""
     return lambda: any(s.state == stage for s in get(job.coordinator().status.remote()).saves)
+
+
+def flip_table(job: Job, rank: int, step: int) -> None:
+    """A bit of a rank's own snapshot of this step changes, where that is always verified."""
+    for path in segment_folder(job, rank).glob(f"{rank:05d}-[0-9]*"):
+        with Segment.open(path) as segment:
+            held, at = segment.save, segment._table_at
+        if held is not None and held.step == step:
+            with path.open("r+b") as file:
+                file.seek(at)
+                byte = file.read(1)
+                file.seek(at)
+                file.write(bytes([byte[0] ^ 1]))
+            return
+    raise AssertionError(f"no snapshot of step {step} of rank {rank}")

@@ -48,7 +48,8 @@ def test_actors_and_memory_go_with_the_job(make_job: Callable[..., Job], end: st
     eventually(lambda: actors_of(job) == [], "all actors have ended", timeout_s=100)
     # Another test's fixture makes its folder anew; look where the agents of this one had theirs.
     for folder in folders:
-        assert list(folder.glob("*")) == []
+        # After a kill the files stay for the next start on this machine.
+        assert bool(list(folder.glob("*"))) == (end == "killed")
     job.end()
     again = make_job(save_steps=2).start(2)
     assert again.all("restore") == [4, 4]

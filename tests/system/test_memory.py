@@ -20,7 +20,7 @@ from ray_ckpt.agent.owning import SUFFIX
 from ray_ckpt.snapshot import SegmentState
 from tests.system import states
 from tests.system.job import QUICK, Job, get
-from tests.system.processes import segment_folder, segment_states
+from tests.system.processes import flip_table, segment_folder, segment_states
 from tests.system.waiting import eventually
 from tests.system.worker import Worker, until_planned
 
@@ -198,3 +198,17 @@ def test_memory_only_snapshots_are_lost_with_their_host(make_job: Callable[..., 
     again = make_job(timeouts=PATIENT, save_steps=4, memory_steps=1).start(2)
     assert again.all("restore") == [4, 4]
     expect(again, 4)
+
+
+def test_a_snapshot_that_is_damaged_gives_way_to_the_one_before_on_all_ranks(make_job: Callable[..., Job]) -> None:
+    job = start(make_job(timeouts=PATIENT, save_steps=10_000, memory_steps=3), 2)
+    job.all("do", until_planned)
+    job.all("train", 1, 7)
+    until_in_memory(job, 6)
+    flip_table(job, 1, 6)
+    kill_all(job)
+    again = make_job(timeouts=PATIENT, save_steps=10_000, memory_steps=3).start(2)
+    assert again.all("restore") == [3, 3]
+    expect(again, 3)
+    text = "the snapshot of step 6 in host memory is damaged"
+    assert len([m for m in said(again, text) if "taking step 3 from host memory instead" in m]) == 2

@@ -19,7 +19,8 @@ from ray_ckpt.agent import find_or_start_agent
 from ray_ckpt.protocol.messages import RunStatus
 from tests.system import states
 from tests.system.job import QUICK, Crew, Job, get
-from tests.system.processes import segment_folder
+from tests.system.processes import flip_table, segment_folder
+from tests.system.test_memory import expect, kill_all
 from tests.system.waiting import eventually
 from tests.system.worker import until_planned
 
@@ -149,3 +150,17 @@ def test_a_lost_host_s_shards_are_written_by_its_peer(
     assert [n // 9 for n in numbers] == [0, 0, 1, 2]
     job.workers.pop()
     job.hosts.pop()
+
+
+@pytest.mark.slow
+def test_a_snapshot_that_is_damaged_is_read_from_its_peer(make_job: Callable[..., Job]) -> None:
+    job = make_job(timeouts=PATIENT, memory_steps=3, replicas=1).start(2, hosts=[0, 1])
+    job.all("restore")
+    job.all("do", until_planned)
+    job.all("train", 1, 6)
+    eventually(lambda: status(job).replicated_step == 6, "a second copy of each part of step 6")
+    flip_table(job, 1, 6)
+    kill_all(job)
+    again = make_job(timeouts=PATIENT, memory_steps=3, replicas=1).start(2, hosts=[0, 1])
+    assert again.all("restore") == [6, 6]
+    expect(again, 6)

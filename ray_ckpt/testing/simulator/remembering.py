@@ -170,13 +170,22 @@ class RecallOracle:
                 self._judge_missed(old, commit)
             return
         save = (int(new["snapshot"][0]), int(new["snapshot"][1]))
-        self._require(old is not None and new["round"] == 1, f"{new} takes a snapshot after {old}")
-        eligible = save[0] == old["number"] or save == _save_of(old)
+        self._require(old is not None, f"{new} takes a snapshot of nobody")
+        if new["round"] == 1:
+            eligible = save[0] == old["number"] or save == _save_of(old)
+            self._require(newest(record) == best, f"a snapshot was taken, and the newest checkpoint is no more {best}")
+        else:
+            tried = _save_of(old) or commit
+            eligible = save[0] == tried[0] and save < tried
+            left = newest(record)
+            commit = (left["generation"], left["step"]) if left else (-1, -1)
+            self._require(commit < tried, f"{tried} cannot be read, and {left} is the newest checkpoint")
         self._require(eligible, f"generation {new['number']} takes {save}, but the one before is {old}")
         self._require(save > commit, f"{save} is taken from memory, {commit} is committed")
         self._require(self._memory.seen(save), f"{save} was never whole in memory")
         self._require(new["restored_step"] == save[1], f"{new} names another step than its snapshot")
-        self._require(newest(record) == best, f"a snapshot was taken, and the newest checkpoint is no more {best}")
+        if new["round"] > 1:
+            return
         self._judge_missed(old, max(save, commit))
 
     def _judge_missed(self, old: Any, taken: Save) -> None:
