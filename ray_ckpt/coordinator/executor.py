@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ray_ckpt import log
@@ -22,7 +22,7 @@ PlanOf = Callable[[SaveState], tuple[Plan, Sequence[Layout]]]
 
 class Executor:
     """``plan_of`` gives the plan of a save and the layouts by rank that it was made from; ``agents`` the hosts where
-    the run has one.
+    the run has one, and their names.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class Executor:
         store: Store,
         plan_of: PlanOf,
         clock: Callable[[], float] = time.time,
-        agents: Callable[[], frozenset[str]] = frozenset,
+        agents: Callable[[], Mapping[str, str]] = dict,
     ) -> None:
         self._store = store
         self._plan_of = plan_of
@@ -122,7 +122,7 @@ class Executor:
         if head is not None:
             log.prune(self._store, head)
 
-    def _list_agents(self, _: flows.ListAgents) -> frozenset[str]:
+    def _list_agents(self, _: flows.ListAgents) -> Mapping[str, str]:
         return self._agents()
 
     def _committed(self, io: flows.Committed) -> None:

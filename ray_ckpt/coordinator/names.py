@@ -37,9 +37,10 @@ def find_agent(url: str, node_id: str) -> Any:
         raise UnavailableError(f"{locate(url).url} has no agent on host {node_id}") from None
 
 
-def hosts_with_agents(url: str) -> frozenset[str]:
-    """The ids of the living nodes where the run has an agent, be it one that Ray is just restarting."""
+def hosts_with_agents(url: str) -> dict[str, str]:
+    """The living nodes where the run has an agent, be it one that Ray is just restarting: ids, and names for people."""
     start = agent_name(url, "")
     names = [str(actor["name"]) for actor in list_named_actors(all_namespaces=True) if actor["namespace"] == NAMESPACE]
     hosts = {name.removeprefix(start) for name in names if name.startswith(start)}
-    return frozenset(hosts & {str(node["NodeID"]) for node in ray.nodes() if node["Alive"]})
+    nodes = {str(n["NodeID"]): str(n["NodeManagerHostname"]) for n in ray.nodes() if n["Alive"]}
+    return {host: nodes[host] for host in sorted(hosts & nodes.keys())}

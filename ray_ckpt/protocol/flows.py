@@ -130,7 +130,7 @@ class Committed(Io):
 
 @dataclass(frozen=True, slots=True)
 class ListAgents(Io):
-    """Result: frozenset of the hosts that live and have an agent of this run, as Ray says."""
+    """Result: the hosts that live and have an agent of this run, as Ray says; their names for people, by id."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ may be drafted into a newer generation.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Collection, Generator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -73,6 +73,7 @@ class Generations:
         self._roll_calls = 0
         self._holders: dict[tuple[int, int], Holders] = {}
         self._asked_since: float | None = None
+        self._unheard = ""
 
     @property
     def current(self) -> Generation | None:
@@ -261,19 +262,38 @@ class Generations:
         )
 
     def _take_inventory(self, forming: Forming) -> Generator[Io | Until, Any, None]:
-        """Hear of what lies in the memory of all hosts, those without a worker of this start too."""
+        """Hear of what lies in the memory of all hosts, those without a worker of this start too.
+
+        Those that stay silent are left out, so that no choice counts on them.
+        """
+        self._unheard = ""
         try:
-            hosts: frozenset[str] = yield ListAgents()
+            hosts: Mapping[str, str] = yield ListAgents()
         except IoFailedError:
             return
-        until = self._ledger.now + max(_INVENTORY_S, forming.config.host_timeout_s)
+        patience = max(_INVENTORY_S, forming.config.host_timeout_s)
+        until = self._ledger.now + patience
 
-        def known() -> bool:
+        def awaited() -> list[str]:
+            silent = self._silent(hosts, forming.config.host_timeout_s)
+            self._roster.leave_out(silent)
             # What is silent can hold nothing newer than a snapshot of which all parts are there.
-            silent = {host for host in hosts - self._roster.hosts.keys() if not self._roster.lost(host)}
-            return not silent or self._recall.newest_is_whole
+            return [] if self._recall.newest_is_whole else sorted(hosts[host] for host in silent & hosts.keys())
 
-        yield Until(lambda: self.forming is not forming or known() or self._ledger.now >= until)
+        yield Until(lambda: self.forming is not forming or not awaited() or self._ledger.now >= until)
+        if names := awaited():
+            named = ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
+            self._unheard = (
+                f"no answer within {patience:.0f} s from the agents on {len(names)} of the hosts, {named}: "
+                "snapshots in memory there, which may be newer, were not considered"
+            )
+
+    def _silent(self, hosts: Collection[str], timeout_s: float) -> frozenset[str]:
+        """Hosts whose agents do not speak: of ``hosts``, where there is one, and those that have spoken before."""
+        known, before = self._roster.hosts, self._ledger.now - timeout_s
+        unheard = {host for host in hosts if host not in known}
+        silent = {name for name, host in known.items() if self._roster.host_silent(host, before)}
+        return frozenset(host for host in unheard | silent if not self._roster.lost(host))
 
     def _fail(self, forming: Forming, problem: Problem) -> None:
         forming.failed = problem
@@ -300,7 +320,8 @@ class Generations:
         generation = Generation(number, forming.config.world_size, chosen.step, snapshot=chosen.snapshot)
         keep = wish.kind == "none" and not forming.config.fresh
         live = head.live if keep else chosen.mark(head.live)
-        return self._ledger.next_record("seal", generation=generation, live=live)
+        reason = self._unheard if wish.kind == "newest" and not wish.stored else ""
+        return self._ledger.next_record("seal", generation=generation, live=live, reason=reason)
 
     def _sealed(self, record: LogRecord, forming: Forming, members: dict[int, str]) -> None:
         if self.forming is forming:
@@ -315,7 +336,7 @@ class Generations:
         # Where ranks may differ, the first one's settings count.
         self.config = first.config if first is not None else forming.config
         self.started = False
-        self.note = ""
+        self.note = record.reason
         self._bad = set()
         self._saves.begin(self.config)
 

@@ -67,7 +67,7 @@ class Recall:
             self._seen = self._roster.changed
             found: dict[Save, Snapshot] = {}
             for rank, save, held in self._roster.snapshots():
-                there = {host: info for host, info in held.items() if not self._roster.lost(host)}
+                there = {host: info for host, info in held.items() if self._roster.can_tell(host)}
                 if there:
                     found.setdefault(save, Snapshot()).parts[rank] = there
             complete = {save: s for save, s in found.items() if s.complete}
@@ -119,9 +119,12 @@ class Recall:
 
     @property
     def newest_is_whole(self) -> bool:
-        """Whether of the newest snapshot of which any part lies anywhere all parts are there."""
+        """Whether all parts are there of the newest snapshot of which any part lies anywhere, and no later generation
+        than its own has been.
+        """
+        last, newest = self._ledger.head.generation, self.newest
         seen = [save for _, save, held in self._roster.snapshots() if held]
-        return bool(seen) and max(seen) == self.newest
+        return newest is not None and last is not None and max(seen) == newest and newest[0] == last.number
 
     @property
     def newest_doubled(self) -> Save | None:

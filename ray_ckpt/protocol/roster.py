@@ -39,6 +39,7 @@ class Roster:
         self.nodes = Nodes()
         self.changed = 0
         self.directory = ""
+        self._left_out: frozenset[str] = frozenset()
         self._workers: dict[str, WorkerReport] = {}
         self._sequences: dict[str, int] = {}
         self._segments: dict[_Of, dict[str, SegmentInfo]] = {}
@@ -57,6 +58,7 @@ class Roster:
             self._forget(known)
         if known is None or known.segments != report.segments:
             self.changed += 1
+        self.leave_out(self._left_out - {report.host})
         self.hosts[report.host] = Host(report, now)
         # Of two of one step, the one that a save is made of.
         for segment in sorted(report.segments, key=lambda s: s.trigger != "memory"):
@@ -120,6 +122,15 @@ class Roster:
     def lost(self, host: str) -> bool:
         """Whether Ray says that a host is dead: then it never comes back under this id."""
         return host in self.nodes.dead
+
+    def leave_out(self, hosts: frozenset[str]) -> None:
+        """Nobody counts on the snapshots of these hosts, until they are heard of."""
+        self.changed += hosts != self._left_out
+        self._left_out = hosts
+
+    def can_tell(self, host: str) -> bool:
+        """Whether a host's snapshots can be counted on, as far as is known."""
+        return not self.lost(host) and host not in self._left_out
 
     def dead(self, worker: str) -> bool:
         """Whether the worker's process is gone: its own host says so, or that is gone itself."""

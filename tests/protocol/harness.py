@@ -43,7 +43,7 @@ class World:
         self.deleted: list[str] = []
         self.now = 0.0
         self.hung: Callable[[flows.Io], bool] = lambda _: False
-        self.agents: frozenset[str] = frozenset()
+        self.agents: dict[str, str] = {}
         self.restart_coordinator()
 
     def restart_coordinator(self) -> None:

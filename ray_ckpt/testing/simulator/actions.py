@@ -56,7 +56,7 @@ def index_of(save: Any, metadata: ShardReport) -> bytes:
     return json.dumps({"shards": crcs, "entries": [e for run in runs.values() for e in run["entries"]]}).encode()
 
 
-def perform(io: flows.Io, now: float, agents: frozenset[str]) -> Callable[[Store], Any]:
+def perform(io: flows.Io, now: float, agents: dict[str, str]) -> Callable[[Store], Any]:
     """The call that carries an action out; what it needs of the changing `SaveState` is fixed now."""
     if isinstance(io, flows.PutMetadata):
         return _put_metadata(io)

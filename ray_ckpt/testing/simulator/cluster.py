@@ -52,9 +52,9 @@ class Cluster:
         domains = tuple((host.name, f"slice{host.number // size}") for host in self.hosts) if size else ()
         return Nodes(self._dead, domains)
 
-    def agents(self) -> frozenset[str]:
+    def agents(self) -> dict[str, str]:
         """The hosts with an agent, as Ray says; be it one that is just being restarted."""
-        return frozenset(host.name for host in self.hosts)
+        return {host.name: host.name for host in self.hosts}
 
     @property
     def is_spread(self) -> bool:
