@@ -23,7 +23,7 @@ from ray_ckpt.agent.pool import WriterPool
 from ray_ckpt.agent.serving import RemoteSource, read_piece
 from ray_ckpt.agent.watch import when_ended
 from ray_ckpt.agent.wire import Door, Server
-from ray_ckpt.coordinator import find, find_agent, find_or_start, run_id
+from ray_ckpt.coordinator import find, find_agent, find_or_start, living_nodes, run_id
 from ray_ckpt.errors import ObjectMissingError, StorageError, UsageError
 from ray_ckpt.protocol.host import Free, HostLogic, Keep, Mirror, StartWrite
 from ray_ckpt.protocol.messages import HostView, SegmentInfo, WorkerReport, WorkerView
@@ -38,6 +38,7 @@ _AGAIN_S = 1.0
 _LOOK_S = 2.0
 """Deaths and snapshots are told of; this is for those of which no word came."""
 _NOTICE_S = 2.0
+_TAKE_OVER_S = 10.0
 _DEBOUNCE_S = 0.005
 _ROOM_S = 60.0
 _ROOM_AGAIN_S = 0.2
@@ -232,7 +233,12 @@ class Agent:
         store = open_store(self._url, storage_options=self._options, single_coordinator=self._single_coordinator)
         self._pool = WriterPool(self._node_id, store)
         self._pool.warm_up(self._logic.max_writes)
-        for work in (self._ask, self._watch, *([self._heed_notices] if notices.on_compute_engine() else [])):
+        for work in (
+            self._ask,
+            self._watch,
+            self._take_over,
+            *([self._heed_notices] if notices.on_compute_engine() else []),
+        ):
             self._spawn(self._keep_doing(work))
 
     async def _start_alone(self) -> None:
@@ -426,6 +432,14 @@ class Agent:
         self._look_around()
         await asyncio.to_thread(self._memory_now.give_up_replicas, time.time() - _REPLICA_S)
         self._end_if_idle()
+
+    async def _take_over(self) -> None:
+        """What others still held when this agent came: a node that was just dying, a process of the start before."""
+        await asyncio.sleep(_TAKE_OVER_S)
+        memory = self._memory_now
+        if await asyncio.to_thread(lambda: memory.has_others and memory.take_over(living_nodes())):
+            self._logic.on_segments(memory.sealed(), memory.layouts())
+            self._look()
 
     async def _heed_notices(self) -> None:
         """Have Ray drain this host once its machine is about to be taken away; the coordinator hears of it from Ray."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ray_ckpt.agent.owning import OWNER, REPLICA, SUFFIX, adopt, is_replica, lock, rank_of, segment_name
+from ray_ckpt.agent.owning import OWNER, REPLICA, SUFFIX, adopt, drop_foreign, is_replica, lock, rank_of, segment_name
 from ray_ckpt.errors import DamagedError, SaveError, StorageError
 from ray_ckpt.metadata import DEFAULT_KIND
 from ray_ckpt.protocol.messages import SegmentInfo, Trigger
@@ -63,14 +63,41 @@ class HostMemory:
         self._layouts: dict[str, Layout] = {}
         self._wanted: dict[int, int] = {}
         self._owner = lock(self.folder / OWNER)
-        if run is not None:
-            for other in sorted(self.folder.parent.glob(f"{run}-*")):
-                if other != self.folder:
-                    adopt(other, self.folder)
+        self._run = run
+        for other in self._others():
+            adopt(other, self.folder)
+        self._open_found()
+
+    def _others(self) -> list[Path]:
+        """The run's folders of other agents on this machine."""
+        found = self.folder.parent.glob(f"{self._run}-*") if self._run is not None else ()
+        return sorted(path for path in found if path != self.folder)
+
+    def _open_found(self) -> bool:
+        """Open what an agent before this one has made; whether there was anything."""
+        names = set(self._segments)
         for path in sorted(self.folder.glob("*" + SUFFIX)):
-            # What an agent before this one has made.
             with contextlib.suppress(StorageError):
-                self._segments[path.name] = Segment.open(path, writable=True)
+                if path.name not in names and not drop_foreign(path):
+                    self._segments[path.name] = Segment.open(path, writable=True)
+        return set(self._segments) != names
+
+    @property
+    def has_others(self) -> bool:
+        """Whether another agent of the run has, or had, a folder on this machine."""
+        return bool(self._others())
+
+    def take_over(self, living: Collection[str]) -> bool:
+        """Take over what was still owned or used when this agent came; whether there was anything.
+
+        Not from ``living`` hosts: their agents come back.
+        """
+        with self._making, self._lock:
+            for other in self._others():
+                host = other.name.rpartition("-")[2]
+                if not any(name.startswith(host) for name in living):
+                    adopt(other, self.folder)
+            return self._open_found()
 
     @classmethod
     def open(cls, run: str, host: str, folder: str | None) -> HostMemory:

@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 
 from ray_ckpt.errors import StorageError
-from ray_ckpt.snapshot import in_use
+from ray_ckpt.snapshot import in_use, is_foreign, reclaim
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,10 @@ def lock(path: Path) -> int:
 
 
 def adopt(other: Path, own: Path) -> None:
-    """Move what lies in a folder of the same run into ours, if nobody owns that and nobody uses it."""
+    """Move what lies in a folder of the same run into ours, if nobody owns that and nobody uses it.
+
+    Segments that no process of this version can read are removed.
+    """
     try:
         if other.is_symlink() or other.lstat().st_uid != os.getuid():
             return
@@ -49,7 +52,7 @@ def adopt(other: Path, own: Path) -> None:
             # First, as a snapshot without its layout explains nothing; and copied, as what stays needs its own.
             shutil.copyfile(path, own / path.name)
         for path in sorted(other.glob(f"*{SUFFIX}")):
-            if not in_use(path):
+            if not drop_foreign(path) and not in_use(path):
                 # By inode: no two folders of one run can hold the same.
                 mark = REPLICA if is_replica(path.name) else _ADOPTED
                 path.rename(own / segment_name(rank_of(path.name), f"{mark}{path.stat().st_ino}"))
@@ -60,6 +63,14 @@ def adopt(other: Path, own: Path) -> None:
         logger.warning("%s: could not be taken over: %s", other, error)
     finally:
         os.close(owner)
+
+
+def drop_foreign(path: Path) -> bool:
+    """Whether a segment is of another version of the format; then it is removed, if nobody uses it."""
+    foreign = is_foreign(path)
+    if foreign and reclaim(path):
+        logger.info("%s: removed, as it is of another version", path)
+    return foreign
 
 
 def segment_name(rank: int, mark: str) -> str:

@@ -59,7 +59,8 @@ def _rows(sweep: Sweep, unused: list[SegmentInfo]) -> Iterator[_Row]:
     for info in sweep.pins:
         yield "expired pin", info.path, size(info.nbytes), moment(info.modified)
     for segment in unused:
-        held = f"step {segment.save.step}" if segment.save else segment.state.name.lower()
+        held = "of another version" if segment.state is None else segment.state.name.lower()
+        held = f"step {segment.save.step}" if segment.save else held
         yield "segment", str(segment.path), size(segment.data_nbytes), f"{moment(segment.modified)}, {held}"
 
 

@@ -37,10 +37,14 @@ def find_agent(url: str, node_id: str) -> Any:
         raise UnavailableError(f"{locate(url).url} has no agent on host {node_id}") from None
 
 
+def living_nodes() -> dict[str, str]:
+    """The nodes of the cluster that live: ids, and names for people."""
+    return {str(node["NodeID"]): str(node["NodeManagerHostname"]) for node in ray.nodes() if node["Alive"]}
+
+
 def hosts_with_agents(url: str) -> dict[str, str]:
-    """The living nodes where the run has an agent, be it one that Ray is just restarting: ids, and names for people."""
+    """Those where the run has an agent, be it one that Ray is just restarting."""
     start = agent_name(url, "")
     names = [str(actor["name"]) for actor in list_named_actors(all_namespaces=True) if actor["namespace"] == NAMESPACE]
     hosts = {name.removeprefix(start) for name in names if name.startswith(start)}
-    nodes = {str(n["NodeID"]): str(n["NodeManagerHostname"]) for n in ray.nodes() if n["Alive"]}
-    return {host: nodes[host] for host in sorted(hosts & nodes.keys())}
+    return {host: name for host, name in living_nodes().items() if host in hosts}

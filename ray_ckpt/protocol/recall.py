@@ -133,7 +133,7 @@ class Recall:
 
     @property
     def newest_settled(self) -> Save | None:
-        """The newest of which no further copy is to come, of those that a start may take; of all where it may take none."""
+        """The newest of which no further copy is to come: of those that a start may take, else of all."""
         whole = self.whole
         return max((save for save in self._eligible or whole if whole[save].settled), default=None)
 

@@ -1,6 +1,15 @@
 """Live arrays -> host memory that outlives the process: segments, their tables, and the copy into them."""
 
-from ray_ckpt.snapshot.folder import SegmentInfo, default_folder, drop_unused, in_use, private_folder, reclaim, scan
+from ray_ckpt.snapshot.folder import (
+    SegmentInfo,
+    default_folder,
+    drop_unused,
+    in_use,
+    is_foreign,
+    private_folder,
+    reclaim,
+    scan,
+)
 from ray_ckpt.snapshot.process import ProcessId
 from ray_ckpt.snapshot.segment import WHOLE, Segment, SegmentState
 from ray_ckpt.snapshot.table import Entry, SaveId, Sums, Table, chunks_in, decode_table
@@ -22,6 +31,7 @@ __all__ = [
     "default_folder",
     "drop_unused",
     "in_use",
+    "is_foreign",
     "needed_nbytes",
     "private_folder",
     "reclaim",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ray_ckpt.errors import StorageError
-from ray_ckpt.snapshot.segment import Segment, SegmentState
+from ray_ckpt.snapshot.segment import MAGIC, Segment, SegmentState
 from ray_ckpt.snapshot.table import SaveId
 
 _BASE = Path("/dev/shm")
@@ -22,11 +22,12 @@ _SEGMENT_NAME = "[0-9][0-9][0-9][0-9][0-9]-*.segment"
 class SegmentInfo:
     """A segment as `scan` sees it.
 
-    ``save`` is None while it is empty; ``modified`` is in seconds since the epoch.
+    ``state`` is None if it is of another version of the format; ``save`` is None then too, and while it is empty.
+    ``modified`` is in seconds since the epoch.
     """
 
     path: Path
-    state: SegmentState
+    state: SegmentState | None
     save: SaveId | None
     data_nbytes: int
     in_use: bool
@@ -78,11 +79,22 @@ def scan(folder: str | Path) -> list[SegmentInfo]:
     found = []
     for path in sorted(Path(folder).glob("*")):
         with contextlib.suppress(StorageError, FileNotFoundError):
-            used = in_use(path)
+            used, now = in_use(path), path.stat()
+            if is_foreign(path):
+                found.append(SegmentInfo(path, None, None, now.st_size, used, now.st_mtime))
+                continue
             with Segment.open(path) as segment:
-                modified = path.stat().st_mtime
-                found.append(SegmentInfo(path, segment.state, segment.save, segment.data_nbytes, used, modified))
+                found.append(SegmentInfo(path, segment.state, segment.save, segment.data_nbytes, used, now.st_mtime))
     return found
+
+
+def is_foreign(path: str | Path) -> bool:
+    """Whether this is a segment of another version of the format, which this one cannot read. Raises `StorageError`."""
+    with _opened(path) as fd:
+        found = os.fstat(fd)
+        ours = stat.S_ISREG(found.st_mode) and found.st_uid == os.getuid()
+        magic = os.pread(fd, len(MAGIC), 0) if ours else b""
+        return len(magic) == len(MAGIC) and magic != MAGIC and magic[:-1] == MAGIC[:-1] and magic[-1:].isdigit()
 
 
 def drop_unused(folder: str | Path, empty_since: float, kept_since: float) -> list[Path]:
@@ -99,13 +111,15 @@ def drop_unused(folder: str | Path, empty_since: float, kept_since: float) -> li
             modified = path.stat().st_mtime
             if modified >= empty_since or in_use(path):
                 continue
-            # The first also tells whether it is a segment at all.
+            # What comes first also tells whether it is a segment at all.
             if (_is_empty(path) or modified < kept_since) and reclaim(path):
                 gone.append(path)
     return gone
 
 
 def _is_empty(path: Path) -> bool:
+    if is_foreign(path):
+        return False
     with Segment.open(path, writable=True) as segment:
         segment.empty_if_abandoned()
         return segment.state is SegmentState.EMPTY
@@ -114,17 +128,23 @@ def _is_empty(path: Path) -> bool:
 @contextlib.contextmanager
 def _exclusive(path: str | Path) -> Iterator[bool]:
     """Whether we are the only user, who holds the file as long as this runs."""
-    try:
-        # Not blocking, should it be a pipe.
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as err:
-        raise StorageError(f"{path}: cannot open the segment: {err.strerror}") from err
-    try:
+    with _opened(path) as fd:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             yield False
         else:
             yield True
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path) -> Iterator[int]:
+    try:
+        # Not blocking, should it be a pipe.
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as err:
+        raise StorageError(f"{path}: cannot open the segment: {err.strerror}") from err
+    try:
+        yield fd
     finally:
         os.close(fd)

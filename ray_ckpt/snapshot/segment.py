@@ -58,7 +58,8 @@ from ray_ckpt.strict_json import MALFORMED
 T = TypeVar("T")
 
 MAX_WRITERS = 1024
-_MAGIC = b"RAYCKPT5"
+MAGIC = b"RAYCKPT5"
+"""The last character is the version of the format."""
 _PAGE = 4096
 _TRIES_AT = 4096
 _SUMMED_AT = _TRIES_AT + 16 * MAX_WRITERS
@@ -146,7 +147,7 @@ class Segment:
             words = np.zeros(_SAVE_AT // 8, np.uint64)
             words[_Word.DATA_NBYTES] = data_nbytes
             os.pwrite(fd, words.tobytes(), 0)
-            os.pwrite(fd, _MAGIC, 0)
+            os.pwrite(fd, MAGIC, 0)
             return cls(path, fd, writable=True)
         except BaseException as err:
             os.close(fd)
@@ -170,7 +171,7 @@ class Segment:
         except OSError as err:
             raise StorageError(f"{path}: cannot open the segment: {err.strerror}") from err
         try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode) or os.pread(fd, len(_MAGIC), 0) != _MAGIC:
+            if not stat.S_ISREG(os.fstat(fd).st_mode) or os.pread(fd, len(MAGIC), 0) != MAGIC:
                 raise StorageError(f"{path} is not a segment of this version; remove it if nobody uses it")
             # Only now: somebody may hold the lock of another kind of file for ever.
             fcntl.flock(fd, fcntl.LOCK_SH)

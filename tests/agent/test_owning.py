@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from pathlib import Path
+
+import pytest
 
 from ray_ckpt.agent.memory import HostMemory
 from ray_ckpt.agent.owning import is_replica, lock, rank_of
 from ray_ckpt.snapshot import Segment
 from tests.agent.remembered import SAVE, folder, remember
+from tests.snapshot.helpers import of_version
 
 
 def left(base: Path, name: str) -> Path:
@@ -75,3 +79,30 @@ def test_what_was_a_copy_stays_one(tmp_path: Path) -> None:
     (name,) = (p.name for p in memory.folder.glob("*.segment"))
     assert is_replica(name)
     assert rank_of(name) == 0
+
+
+def test_what_was_in_use_at_first_is_taken_over_later_but_not_from_a_host_that_lives(tmp_path: Path) -> None:
+    owned = HostMemory(folder(tmp_path, "run-beef"))
+    remember([owned], 1, keep=True)
+    memory = HostMemory(folder(tmp_path, "run-new"), "run")
+    assert not memory.take_over([])
+    for segment in owned._segments.values():
+        segment.close()
+    os.close(owned._owner)
+    assert not memory.take_over(["beef1234", "cafe"])
+    assert memory.take_over(["cafe"])
+    assert [(info.rank, info.save) for info in memory.sealed()] == [(0, SAVE)]
+    assert len(memory.parts(SAVE, "")) == 1
+    assert not memory.has_others
+
+
+@pytest.mark.parametrize("name", ["run-old", "run-new"])
+def test_segments_of_another_version_go_where_nobody_uses_them(tmp_path: Path, name: str) -> None:
+    path = of_version(folder(tmp_path, name) / "00000-0.segment", b"3")
+    with path.open("rb") as used:
+        fcntl.flock(used, fcntl.LOCK_SH)
+        first = HostMemory(folder(tmp_path, "run-new"), "run")
+        assert path.exists()
+    os.close(first._owner)
+    assert HostMemory(folder(tmp_path, "run-new"), "run").sealed() == []
+    assert not path.exists()

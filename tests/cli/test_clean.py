@@ -23,6 +23,7 @@ from ray_ckpt.snapshot import Segment
 from ray_ckpt.storage import Store, open_store
 from ray_ckpt.types import Claim, Dying
 from tests.restore.make import commit, make_checkpoint, record
+from tests.snapshot.helpers import of_version
 
 WEIGHTS = {"w": np.arange(10)}
 
@@ -150,6 +151,16 @@ def test_unused_segments_of_an_age_go(tmp_path: Path) -> None:
         assert sorted(path.name for path in run.iterdir()) == ["old", "used", "young"]
         clean(*arguments, "--yes")
         assert sorted(path.name for path in run.iterdir()) == ["used", "young"]
+
+
+def test_segments_of_another_version_are_named_and_go(tmp_path: Path) -> None:
+    run = tmp_path / "run-1"
+    run.mkdir()
+    path = of_version(run / "00000-0.segment", b"2")
+    arguments = ("clean", "--segments", "--segment-folder", str(tmp_path), "--min-age", "0s")
+    assert "of another version" in CliRunner().invoke(app, arguments).stdout
+    CliRunner().invoke(app, [*arguments, "--yes"])
+    assert not path.exists()
 
 
 def test_for_people_it_says_what_was_not_done(store: Store) -> None:

@@ -26,3 +26,11 @@ def snapshots(folder: Path, states: list[Any], **settings: int) -> tuple[Plan, l
         take_snapshot(segment, mine, layout, values, save_id(plan.plan_id, rank=rank, world_size=len(states)))
         segments.append(segment)
     return plan, segments
+
+
+def of_version(path: Path, version: bytes) -> Path:
+    """An empty segment whose header says that it is of this version of the format."""
+    Segment.create(path, 10).close()
+    with path.open("r+b") as file:
+        file.write(b"RAYCKPT" + version)
+    return path

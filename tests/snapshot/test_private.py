@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from ray_ckpt.agent.memory import HostMemory
 from ray_ckpt.errors import StorageError
 from ray_ckpt.snapshot import Segment, default_folder, drop_unused, private_folder, scan
+from tests.snapshot.helpers import of_version
 
 NAME = "run-host"
 
@@ -92,3 +94,18 @@ def test_segments_of_another_user_are_neither_used_nor_removed(tmp_path: Path, m
     assert scan(folder) == []
     assert drop_unused(tmp_path, 4e9, 4e9) == []
     assert path.exists()
+
+
+def test_segments_of_another_version_are_seen_and_go_by_age(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    path = of_version(folder / "00000-0.segment", b"3")
+    (folder / "00001-0.segment").write_bytes(b"RAYCKPTs are of no version")
+    (found,) = scan(folder)
+    assert (found.path, found.state, found.save, found.in_use) == (path, None, None, False)
+    assert found.data_nbytes == path.stat().st_size
+    assert drop_unused(tmp_path, 4e9, found.modified) == []
+    with path.open("rb") as used:
+        fcntl.flock(used, fcntl.LOCK_SH)
+        assert drop_unused(tmp_path, 4e9, 4e9) == []
+    assert drop_unused(tmp_path, 4e9, 4e9) == [path]

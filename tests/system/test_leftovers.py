@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +12,11 @@ from ray.util import list_named_actors
 
 import ray_ckpt
 from ray_ckpt import log
+from ray_ckpt.agent.owning import OWNER, lock
 from ray_ckpt.coordinator import NAMESPACE, run_id
+from ray_ckpt.snapshot import default_folder
 from ray_ckpt.storage import open_store
+from tests.snapshot.helpers import of_version
 from tests.system import states
 from tests.system.job import Job, get
 from tests.system.processes import segment_folder
@@ -53,6 +57,21 @@ def test_actors_and_memory_go_with_the_job(make_job: Callable[..., Job], end: st
     job.end()
     again = make_job(save_steps=2).start(2)
     assert again.all("restore") == [4, 4]
+
+
+@pytest.mark.slow
+def test_what_another_agent_still_owned_at_first_is_taken_over(make_job: Callable[..., Job]) -> None:
+    job = make_job(save_steps=2)
+    gone = default_folder(f"{run_id(job.url)}-0123456789ab")
+    of_version(gone / "00000-0.segment", b"3")
+    owner = lock(gone / OWNER)
+    try:
+        job.start(1)
+        job.all("restore")
+        assert gone.exists()
+    finally:
+        os.close(owner)
+    eventually(lambda: not gone.exists(), "a folder that nobody owns any more")
 
 
 def test_memory_is_given_back_before_close_returns(make_job: Callable[..., Job]) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 REPLICAS = 2
 _PATIENCE_S = 5.0
 _PIECES = 2
+_AGAIN_S = 0.1
 
 
 class Asked:
@@ -35,7 +36,7 @@ class Asked:
 
     def _arrive(self, peer: Host) -> None:
         if peer.agent is not None and peer.agent.alive:
-            Copy(peer.agent, self._agent.host, self._segment, self._answer)
+            begin(peer.agent, self._agent.host, self._segment, self._answer)
 
     def _answer(self, peer: str, whole: bool) -> None:
         self._agent.world.send(peer, self._agent.where, lambda: self._end(whole=whole))
@@ -58,6 +59,10 @@ class Copy:
         self._source = source
         self._done = done
         self._pieces: list[list[Any]] = []
+        if any(slot.state == "filling" and slot.owner is agent for slot in agent.host.copies_of(segment.rank)):
+            # One copy of a rank's snapshots at a time, as the agent's lock has it: a message may come twice.
+            agent.later(_AGAIN_S, lambda: begin(agent, source, segment, done))
+            return
         if agent.logic.has_copy(segment):
             self._end(whole=True)
             return
@@ -121,3 +126,8 @@ class Copy:
     def _end(self, *, whole: bool) -> None:
         self._agent.kick()
         self._done(self._agent.where, whole)
+
+
+def begin(agent: Agent, source: Host, segment: SegmentInfo, done: Callable[[str, bool], None]) -> None:
+    """Have this agent copy a snapshot."""
+    Copy(agent, source, segment, done)
