@@ -168,6 +168,7 @@ def test_the_one_before_the_newest_is_kept_too_if_it_is_of_the_same_generation()
     assert memory.recall.kept_from == (3, 7)
     for rank in range(2):
         memory.hold(f"h{rank}", *(part(rank, 3, step) for step in (7, 8)), part(rank, 4, 9))
+    memory.ledger._head = replace(memory.ledger.head, generation=Generation(4, 2, 8, snapshot=(3, 8)))
     assert memory.recall.kept_from == (4, 9)
 
 
