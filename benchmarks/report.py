@@ -38,7 +38,8 @@ Medians; the ratio of a column is the median of ratios to the bound taken in the
 - **committed**: until `wait` returned on all ranks. **durable**: until a syncfs after that returned.
 - **CPU**: user and system seconds, of the training processes until committed, and of all processes of the job until
   durable.
-- **restore**: into memory not touched before; checked, outside the time, against what was saved.
+- **restore**: into memory not touched before; checked, outside the time, against what was saved. From host memory
+  nothing is copied but what is small: pages are copied when they are first written to, which is outside the time.
 - **memory**: peak of the machine's anonymous and shared pages during the first saves, above the state; on a disk only,
   since on /dev/shm the checkpoint itself is memory.
 - **bytes**: of the checkpoint, in units of the state.
