@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -17,6 +16,7 @@ import pytest
 from ray_ckpt.restore import open_checkpoint
 from ray_ckpt.storage import open_store
 from ray_ckpt.target import read_state
+from tests.ports import held_port
 from tests.target.saving import PREFIX
 
 pytest.importorskip("jax")
@@ -25,16 +25,15 @@ ROOT = Path(__file__).parents[2]
 NAMES = ("rows", "columns", "grid", "partly", "half", "whole", "stage", "stage_copies")
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
 def run(count: int, **job: Any) -> list[Any]:
     """What each of ``count`` processes printed."""
+    with held_port() as port:
+        return _run(count, port, job)
+
+
+def _run(count: int, port: int, job: dict[str, Any]) -> list[Any]:
     env = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(Path(__file__).with_name("child.py")), str(free_port())]
+    command = [sys.executable, str(Path(__file__).with_name("child.py")), str(port)]
     children = [
         subprocess.Popen(
             [*command, str(process), str(count), json.dumps(job)],

@@ -213,11 +213,11 @@ def test_ranks_that_disagree_are_told(
         get(worker.leave.remote())
     settings = [dict(s) for s in (mine, theirs)]
     timeouts = Timeouts(start_s=8.0)
-    refs = []
     for rank, (worker, given) in enumerate(zip(job.workers, settings, strict=True)):
         world = given.pop("world", 2)
         get(worker.open.remote(f"{job.url}-disagree", rank, world, timeouts=timeouts, **given))
-        refs.append(worker.restore.remote())
+    eventually(lambda: any(get(w.do.remote(is_refused)) for w in job.workers), "they have heard of each other")
+    refs = [worker.restore.remote() for worker in job.workers]
     texts = []
     for ref in refs:
         with pytest.raises((FencedError, UnavailableError)) as caught:
@@ -226,11 +226,21 @@ def test_ranks_that_disagree_are_told(
     assert any(re.search(text, t) and "give all ranks the same settings" in t for t in texts), texts
 
 
+def is_refused(worker: Worker) -> bool:
+    return worker.ckpt._link.trouble is not None
+
+
+def late(worker: Worker) -> str:
+    """Whom this worker has been told to wait for."""
+    return worker.ckpt._link.logic.late
+
+
 def test_a_rank_that_never_comes_is_named(make_job: Callable[..., Job]) -> None:
     job = make_job(timeouts=Timeouts(start_s=8.0)).start(2)
-    # On a slow machine the coordinator may not have heard of rank 0's call by then.
-    late = r"rank 0 of .* waited 8 s for .*; late is: (rank 0 on \S+, )?rank 1 on .* has not called"
-    with pytest.raises(UnavailableError, match=late):
+    eventually(lambda: "rank 1" in job.on(0, "do", late), "the coordinator has told whom it waits for")
+    # On a slow machine it may not have heard of rank 0's call by the end of its patience.
+    told = r"rank 0 of .* waited 8 s for .*; late is: (rank 0 on \S+, )?rank 1 on .* has not called"
+    with pytest.raises(UnavailableError, match=told):
         job.on(0, "restore")
 
 

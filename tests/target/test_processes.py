@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 
 from ray_ckpt.leaves import PerWorker, Slice
+from tests.ports import held_port
 
 from .saving import save
 
@@ -48,12 +48,6 @@ print("done")
 """
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
 def test_arrays_across_two_processes(tmp_path: Path) -> None:
     values = np.arange(32, dtype=np.float32).reshape(4, 8)
     rows = [(0, 1), (1, 2), (3, 1)]
@@ -63,21 +57,21 @@ def test_arrays_across_two_processes(tmp_path: Path) -> None:
     ]
     stored = save(states, tmp_path)
     env = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(Path(__file__).parents[2])}
-    port = str(free_port())
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", CHILD, port, str(process), str(tmp_path), stored.prefix],
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for process in range(2)
-    ]
-    try:
-        results = [child.communicate(timeout=120) for child in children]
-    finally:
-        for child in children:
-            child.kill()
+    with held_port() as port:
+        children = [
+            subprocess.Popen(
+                [sys.executable, "-c", CHILD, str(port), str(process), str(tmp_path), stored.prefix],
+                env=env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for process in range(2)
+        ]
+        try:
+            results = [child.communicate(timeout=120) for child in children]
+        finally:
+            for child in children:
+                child.kill()
     assert [child.returncode for child in children] == [0, 0], results
     assert [out for out, _ in results] == ["done\n", "done\n"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 from ray_ckpt.errors import MismatchError, StateError
 from ray_ckpt.leaves import build, describe, jax_leaf, parts, read_box, start_transfers, wanted
 from ray_ckpt.types import Box
+from tests.ports import held_port
 
 jax = pytest.importorskip("jax")
 P = jax.sharding.PartitionSpec
@@ -167,20 +167,15 @@ print(json.dumps(out))
 """
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
 def test_arrays_across_two_processes() -> None:
     env = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "-c", CHILD, str(free_port())]
-    children = [
-        subprocess.Popen([*command, str(i)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for i in range(2)
-    ]
-    results = [child.communicate(timeout=120) for child in children]
+    with held_port() as port:
+        command = [sys.executable, "-c", CHILD, str(port)]
+        children = [
+            subprocess.Popen([*command, str(i)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            for i in range(2)
+        ]
+        results = [child.communicate(timeout=120) for child in children]
     assert [child.returncode for child in children] == [0, 0], results
     first, second = (json.loads(out.splitlines()[-1]) for out, _ in results)
     assert first["rows"] == ["jax:global", [[[0, 0], [2, 8]]]]
