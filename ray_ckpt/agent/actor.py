@@ -256,6 +256,8 @@ class Agent:
         if not self._logic.idle:
             self._busy_at = time.monotonic()
         elif time.monotonic() - self._busy_at > (self._recover_s if recoverable else self._lease_s):
+            if self._server is not None:
+                self._server.close()
             if self._memory is not None and not recoverable:
                 self._memory.remove()
             ray.kill(ray.get_runtime_context().current_actor, no_restart=True)

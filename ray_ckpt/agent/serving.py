@@ -59,18 +59,36 @@ class RemoteSource(Source):
         self._host = host
 
     def read_into(self, start: int, buffer: memoryview) -> None:
-        connection = self._connection()
-        if connection is None:
-            found = self._ask(start, buffer)
-        else:
+        used_before = self._door in _own.__dict__.get("connections", {})
+        try:
+            found = self._fetch(start, buffer)
+        except OSError as error:
+            if not used_before:
+                raise self._unavailable(error) from error
+            # One that was idle may have been closed.
             try:
-                found = connection.read_into(self._part.path, self._part.fills, start, buffer)
-            except (OSError, DamagedError) as error:
-                # What is left of the answer must not be taken for the next one.
-                _drop(self._door)
-                raise UnavailableError(f"{self._part.path} on host {self._host}: {error}") from error
+                found = self._fetch(start, buffer)
+            except OSError as again:
+                raise self._unavailable(again) from again
         if not found:
             raise ObjectMissingError(f"{self._part.path} on host {self._host}: the snapshot is gone")
+
+    def _unavailable(self, error: Exception) -> UnavailableError:
+        return UnavailableError(f"{self._part.path} on host {self._host}: {error}")
+
+    def _fetch(self, start: int, buffer: memoryview) -> bool:
+        """One try; False if the snapshot is gone."""
+        connection = self._connection()
+        if connection is None:
+            return self._ask(start, buffer)
+        try:
+            return connection.read_into(self._part.path, self._part.fills, start, buffer)
+        except (OSError, DamagedError) as error:
+            # What is left of the answer must not be taken for the next one.
+            _drop(self._door)
+            if isinstance(error, DamagedError):
+                raise self._unavailable(error) from error
+            raise
 
     def _connection(self) -> Connection | None:
         """This thread's; None where the door does not open."""

@@ -22,6 +22,7 @@ from ray_ckpt.bundle import crc32c
 from ray_ckpt.errors import DamagedError, ObjectMissingError, UnavailableError
 from ray_ckpt.restore import Part
 from ray_ckpt.snapshot import Sums
+from tests.system.waiting import eventually
 
 DATA = np.random.default_rng(0).integers(0, 256, 3_000_000, np.uint8)
 PART = Part(0, "/somewhere/00000-0.segment", 3, len(DATA), b"", Sums(b"", ()), "", {})
@@ -64,6 +65,85 @@ def test_what_is_gone_is_said_and_the_connection_goes_on(server: Server) -> None
     connection.close()
     with pytest.raises(ObjectMissingError, match="gone"):
         RemoteSource(None, server.door, replace(PART, fills=4), "b").read_into(0, buffer)
+
+
+def test_so_many_connections_at_once_and_no_more() -> None:
+    server = Server("127.0.0.1", read, connections=2)
+    buffer = memoryview(bytearray(10))
+    first, second = Connection(server.door), Connection(server.door)
+    for connection in (first, second, first):
+        assert connection.read_into(PART.path, 3, 5, buffer)
+        # An answer arrives before the server has done with it.
+        eventually(lambda: server._places._taken == len(server._places._idle), "idle connections")
+    third = Connection(server.door)
+    assert third.read_into(PART.path, 3, 5, buffer), "another one gets its answer"
+    assert first.read_into(PART.path, 3, 5, buffer), "that which spoke last stays"
+    with pytest.raises(OSError, match=r"closed|reset|Broken"):
+        second.read_into(PART.path, 3, 5, buffer)
+    server.close()
+
+
+def test_a_thread_that_reads_from_many_hosts_keeps_few_connections() -> None:
+    servers = [Server("127.0.0.1", read) for _ in range(120)]
+    buffer = memoryview(bytearray(10))
+    for server in (*servers, *servers[:8]):
+        source(server.door).read_into(5, buffer)
+        assert bytes(buffer) == DATA[5:15].tobytes()
+    assert len(serving._own.connections) <= serving._CONNECTIONS
+    eventually(lambda: sum(server._places._taken for server in servers) <= serving._CONNECTIONS, "the others closed")
+    with ThreadPoolExecutor(len(servers)) as pool:
+        list(pool.map(Server.close, servers))
+
+
+def test_an_answer_under_way_is_not_cut_off_for_another_connection() -> None:
+    reading, goes_on = threading.Event(), threading.Event()
+
+    def slow(path: str, fills: int, start: int, nbytes: int) -> memoryview | None:
+        reading.set()
+        assert goes_on.wait(30)
+        return read(path, fills, start, nbytes)
+
+    server = Server("127.0.0.1", slow, connections=1)
+    buffers = [memoryview(bytearray(10)) for _ in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(Connection(server.door).read_into, PART.path, 3, 0, buffers[0])
+        assert reading.wait(30)
+        second = pool.submit(Connection(server.door).read_into, PART.path, 3, 5, buffers[1])
+        goes_on.set()
+        assert first.result(30)
+        assert second.result(30)
+    assert bytes(buffers[0]) == DATA[:10].tobytes()
+    assert bytes(buffers[1]) == DATA[5:15].tobytes()
+    server.close()
+
+
+def test_a_connection_that_was_closed_while_idle_is_made_anew() -> None:
+    server = Server("127.0.0.1", read, connections=1)
+    remote, buffer = source(server.door), memoryview(bytearray(10))
+    remote.read_into(5, buffer)
+    assert Connection(server.door).read_into(PART.path, 3, 0, buffer), "the other one's place is taken"
+    remote.read_into(5, buffer)
+    assert bytes(buffer) == DATA[5:15].tobytes()
+    server.close()
+
+
+def test_a_server_that_is_full_can_be_closed() -> None:
+    busy, over = threading.Event(), threading.Event()
+
+    def stuck(*_: Any) -> None:
+        busy.set()
+        over.wait(30)
+
+    server = Server("127.0.0.1", stuck, connections=1)
+    with ThreadPoolExecutor(1) as pool:
+        first = Connection(server.door)
+        answer = pool.submit(first.read_into, PART.path, 3, 0, memoryview(bytearray(10)))
+        assert busy.wait(30)
+        waiting = Connection(server.door)
+        server.close()
+        over.set()
+        assert answer.result(30) is False
+    waiting.close()
 
 
 def test_without_the_word_nothing_is_told(server: Server) -> None:
