@@ -25,6 +25,8 @@ SLOWEST = 1e6
 
 FIRST_WAIT_S = 0.2
 LONGEST_WAIT_S = 10.0
+LONGEST_ASKED_S = 30.0
+"""Of the wait that a service asks for: no single answer is to use up all of an operation's time."""
 _LONG_S = 5.0
 """From then on the log warns of tries."""
 
@@ -78,13 +80,32 @@ def is_transient(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in _ERRNOS
 
 
+def asked_s(error: BaseException | None) -> float:
+    """The seconds that the service asks to wait (``Retry-After``), 0 where it does not or the library hides it.
+
+    s3fs keeps botocore's error as the cause; gcsfs drops the headers. A date in place of seconds is not heeded.
+    """
+    response = getattr(error, "response", None) or getattr(getattr(error, "__cause__", None), "response", None)
+    try:
+        seconds = float(response["ResponseMetadata"]["HTTPHeaders"]["retry-after"])  # type: ignore[index]
+    except (TypeError, KeyError, ValueError):
+        return 0.0
+    return min(seconds, LONGEST_ASKED_S) if seconds > 0 else 0.0
+
+
 def deadline_s(timeout_s: float, nbytes: int) -> float:
     """How long an operation that moves so many bytes may take."""
     return timeout_s + nbytes / SLOWEST
 
 
 def policy(what: str, attempts: int, timeout_s: float) -> dict[str, Any]:
-    """The settings of `tenacity` that all retries share: jittered waits that grow, none of them past the deadline."""
+    """The settings of `tenacity` that all retries share: jittered waits that grow, on top of what the service asks for,
+    none of them past the deadline.
+    """
+    jittered = tenacity.wait_random_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S)
+
+    def wait(state: tenacity.RetryCallState) -> float:
+        return asked_s(state.outcome.exception() if state.outcome else None) + jittered(state)
 
     def report(state: tenacity.RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
@@ -93,7 +114,7 @@ def policy(what: str, attempts: int, timeout_s: float) -> dict[str, Any]:
 
     return {
         "retry": tenacity.retry_if_exception(is_transient),
-        "wait": tenacity.wait_random_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S),
+        "wait": wait,
         "stop": tenacity.stop_after_attempt(attempts) | tenacity.stop_before_delay(timeout_s),
         "before_sleep": report,
         "reraise": True,

@@ -8,6 +8,8 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from tenacity import Retrying, stop_after_attempt
+
 from ray_ckpt.storage import Store, open_store
 from ray_ckpt.testing.servers import Server
 from tests.storage.proxy import Decide, proxy
@@ -105,7 +107,10 @@ class Line:
         store = self._stores.get(timeout_s)
         if store is None:
             store = open_store(self.url, storage_options=self.options(timeout_s))
-            store.list("")
+            for attempt in Retrying(stop=stop_after_attempt(10), reraise=True):
+                # The client is made at its first request; on a busy machine that may take longer than this store has.
+                with attempt:
+                    store.list("")
             self._stores[timeout_s] = store
         self._decide = decide
         return store

@@ -50,7 +50,7 @@ class _Handler(BaseHTTPRequestHandler):
         if what == "hold":
             self.ended.wait(_HOLD_S)
             self._break()
-        elif what.isdigit():
+        elif what[0].isdigit():
             self._refuse(what, "x-amz-date" in headers)
         else:
             if what == "strip":
@@ -92,12 +92,14 @@ class _Handler(BaseHTTPRequestHandler):
             hidden |= {"range"}
         return response.status, [(n, v) for n, v in response.getheaders() if n.lower() not in hidden], data
 
-    def _refuse(self, status: str, s3: bool) -> None:
+    def _refuse(self, what: str, s3: bool) -> None:
+        """``what``: the status, and after a colon the seconds to wait for the next try, where it names them."""
+        status, _, asked_s = what.partition(":")
         name = _NAMES[status]
         text = f"<Error><Code>{name}</Code><Message>of the test</Message></Error>"
         if not s3:
             text = f'{{"error": {{"code": {status}, "message": "{name} of the test"}}}}'
-        self._answer(int(status), [("Retry-After", "1")], text.encode())
+        self._answer(int(status), [("Retry-After", asked_s)] if asked_s else [], text.encode())
 
     def _answer(self, status: int, headers: list[tuple[str, str]], data: bytes, *, cut: bool = False) -> None:
         self.send_response_only(status)

@@ -87,6 +87,50 @@ def test_a_storm_is_waited_out(line: Line, folder: str, what: str, name: str) ->
         assert line.beside.read(f"{folder}/new") == b"mine"
 
 
+@pytest.mark.parametrize("status", ["503", "429"])
+@pytest.mark.parametrize("name", ["put", "read_into", "list"])
+def test_a_service_that_asks_for_a_wait_gets_it(
+    line: Line, folder: str, name: str, status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line.beside.put(f"{folder}/old", b"there was one")
+    heard: list[float] = []
+    original = retry.asked_s
+
+    def asked_s(error: BaseException | None) -> float:
+        heard.append(original(error))
+        return 0.0
+
+    monkeypatch.setattr(retry, "asked_s", asked_s)
+    OPERATIONS[name](line.meeting(Strike(f"{status}:7")), folder)
+    # gcsfs does not say.
+    assert heard == [7.0 if line.url.startswith("s3") else 0.0]
+
+
+class Asking(ConnectionError):
+    """As botocore's errors carry a service's answer."""
+
+    def __init__(self, after: str) -> None:
+        self.response = {"ResponseMetadata": {"HTTPHeaders": {"retry-after": after}}}
+
+
+@pytest.mark.parametrize(
+    ("after", "least_s"),
+    [("7", 7.0), ("3600", retry.LONGEST_ASKED_S), ("-3", 0.0), ("nan", 0.0), ("Wed, 21 Oct 2026 07:28:00 GMT", 0.0)],
+)
+def test_the_wait_that_is_asked_for_comes_before_ours(after: str, least_s: float) -> None:
+    answers: list[Exception | None] = [Asking(after), None]
+    waits: list[float] = []
+
+    def call() -> None:
+        error = answers.pop(0)
+        if error is not None:
+            raise error
+
+    retry.retrying(call, "it", 3, 1000.0, sleep=waits.append)
+    (waited,) = waits
+    assert least_s <= waited <= least_s + 0.1
+
+
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_a_storm_without_an_end_is_an_error_that_tells_of_it(line: Line, folder: str, name: str) -> None:
     line.beside.put(f"{folder}/old", b"there was one")
