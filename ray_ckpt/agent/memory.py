@@ -29,6 +29,7 @@ from ray_ckpt.snapshot import (
     reclaim,
 )
 from ray_ckpt.snapshot.layouts import keep_layout, read_layouts
+from ray_ckpt.snapshot.space import has_room
 from ray_ckpt.types import Layout
 
 logger = logging.getLogger(__name__)
@@ -42,9 +43,6 @@ _ABANDONED_S = 60.0
 
 _FORGOTTEN_S = 24 * 3600.0
 """A snapshot that no start of its job has taken over for so long is not wanted any more."""
-
-_RESERVE = 0.05
-"""Share of the tmpfs that is left to others, who may be the training processes."""
 
 
 Digests = tuple[tuple[str, int], ...]
@@ -200,13 +198,12 @@ class HostMemory:
                 self._segments[name] = Segment.open(segment.path, writable=True)
 
     def _has_room(self, nbytes: int, rank: int) -> bool:
-        usage = shutil.disk_usage(self.folder)
-        enough = usage.free - nbytes > _RESERVE * usage.total
+        enough = has_room(self.folder, nbytes)
         if not enough:
             logger.warning(
                 "rank %d gets one snapshot of %d bytes, not two: %s has %d bytes left. A save that falls due while "
                 "another is written will wait; free memory, or give the container a larger /dev/shm",
-                rank, nbytes, self.folder, usage.free,
+                rank, nbytes, self.folder, shutil.disk_usage(self.folder).free,
             )  # fmt: skip
         return enough
 
@@ -296,16 +293,17 @@ class HostMemory:
     def keep(self, info: SegmentInfo) -> None:
         """No save needs this snapshot any more; it stays until its memory is needed.
 
-        Older ones of the rank that nobody can fill again, as their data is lent, have no use but for restarts: they go.
+        Of older ones that nobody can fill again, as their data is lent, the rank's newest stays until it is freed: this
+        one may not be whole on all ranks. Those before go, as the next snapshots would have overwritten them.
         """
         with self._lock:
             segment = self._segments.get(info.name)
             if segment is None:
                 return
             segment.keep(info.fills)
-            for name, other in list(self._segments.items()):
-                older = other.state is SegmentState.KEPT and other.sealed_at < segment.sealed_at
-                if other.lent and older and rank_of(name) == info.rank:
+            lent = [(s.sealed_at, n) for n, s in self._segments.items() if s.lent and rank_of(n) == info.rank]
+            for sealed_at, name in sorted(lent)[:-1]:
+                if self._segments[name].state is SegmentState.KEPT and sealed_at < segment.sealed_at:
                     self._give_up_unused(name)
 
     # -- for other hosts and for restarts ---------------------------------------------------------------
@@ -370,12 +368,11 @@ class HostMemory:
                 with self._lock:
                     oldest.release()
                     self._give_up_unused(oldest.path.name)
-            usage = shutil.disk_usage(self.folder)
-            if usage.free - nbytes < _RESERVE * usage.total:
-                raise StorageError(
-                    f"{self.folder}: a copy of {nbytes} bytes would leave too little of {usage.free} free"
-                )
-            name = next(n for i in range(_REPLICAS + 1) if (n := segment_name(rank, f"{REPLICA}{i}")) not in mine)
+            if not has_room(self.folder, nbytes):
+                free = shutil.disk_usage(self.folder).free
+                raise StorageError(f"{self.folder}: a copy of {nbytes} bytes would leave too little of {free} free")
+            names = (segment_name(rank, f"{REPLICA}{i}") for i in itertools.count())
+            name = next(name for name in names if name not in mine)
             segment = Segment.create(self.folder / name, nbytes)
             with self._lock:
                 self._segments[name] = segment

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shutil
 import threading
 import time
 from collections.abc import Collection, Iterator
@@ -23,6 +22,7 @@ from ray_ckpt.coordinator import find_agent
 from ray_ckpt.errors import DamagedError, ObjectMissingError, UnavailableError
 from ray_ckpt.protocol.messages import Holders
 from ray_ckpt.restore import MappedSource, Part, Source, StoredCheckpoint, open_snapshot
+from ray_ckpt.snapshot.space import has_room
 
 logger = logging.getLogger(__name__)
 
@@ -172,11 +172,11 @@ def _can_be_replaced(parts: Collection[Part]) -> bool:
     """
     if not parts:
         return False
-    free = shutil.disk_usage(Path(next(iter(parts)).path).parent).free
-    wanted = sum(part.nbytes for part in parts)
-    if free < _ROOM * wanted:
-        logger.info("%d bytes of snapshots are copied, not lent: %d are free in their folder", wanted, free)
-    return free >= _ROOM * wanted
+    folder, wanted = Path(next(iter(parts)).path).parent, sum(part.nbytes for part in parts)
+    room = has_room(folder, int(_ROOM * wanted))
+    if not room:
+        logger.info("%d bytes of snapshots are copied, not lent: %s has no room for as many more", wanted, folder)
+    return room
 
 
 class _Told(NamedTuple):

@@ -82,8 +82,9 @@ class MappedSource(Source):
         segment = self._segment
         if not self._is_lent(start, buffer):
             buffer[:] = segment.data[start : start + len(buffer)]
-        # After the copy: somebody who had begun to fill it again would have changed this before the data.
-        if segment.fills != self._fills or segment.state not in WHOLE:
+        # After the copy: somebody who had begun to fill it again would have changed this before the data. What is lent
+        # stays as it is.
+        if self._own is None and (segment.fills != self._fills or segment.state not in WHOLE):
             raise ObjectMissingError(f"{segment.path}: the snapshot was overwritten while it was read")
 
     def _is_lent(self, start: int, buffer: memoryview) -> bool:

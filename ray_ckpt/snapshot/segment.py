@@ -42,7 +42,7 @@ import numpy as np
 
 from ray_ckpt.errors import DamagedError, SaveError, StorageError, UsageError
 from ray_ckpt.snapshot.process import ProcessId, boot_id
-from ray_ckpt.snapshot.space import check_free, raise_full
+from ray_ckpt.snapshot.space import check_free, give_name, new_file, raise_full
 from ray_ckpt.snapshot.table import (
     SaveId,
     Sums,
@@ -137,7 +137,7 @@ class Segment:
         total = HEADER_NBYTES + data_nbytes
         check_free(path, total)
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            fd, named = new_file(path)
         except OSError as err:
             raise StorageError(f"{path}: cannot create the segment: {err.strerror}") from err
         try:
@@ -148,10 +148,14 @@ class Segment:
             words[_Word.DATA_NBYTES] = data_nbytes
             os.pwrite(fd, words.tobytes(), 0)
             os.pwrite(fd, MAGIC, 0)
-            return cls(path, fd, writable=True)
+            made = cls(path, fd, writable=True)
+            if not named:
+                give_name(fd, path)
+            return made
         except BaseException as err:
             os.close(fd)
-            path.unlink(missing_ok=True)
+            if named:
+                path.unlink(missing_ok=True)
             if isinstance(err, OSError):
                 raise_full(path, total, err)
             raise
@@ -240,18 +244,20 @@ class Segment:
         """The data as private memory, without a copy: pages are copied when they are written to.
 
         It stays as long as the view does, whatever becomes of the segment: that is never filled again, only removed.
-        Nothing is locked by it. None if the segment does not hold this fill any more.
+        Nothing is locked by it. None if the segment does not hold this fill any more, or cannot be mapped once more.
         """
         with _range_lock(self._fd, _STATE_AT):
             if self.state not in WHOLE or self.fills != fills:
                 return None
             self._words[_Word.LENT] = 1
-        # Opened anew, as the lock would stay with the mapping; by its number, as the file may have another name by now.
-        fd = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
         try:
-            own = mmap.mmap(fd, HEADER_NBYTES + self.data_nbytes, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
-        finally:
-            os.close(fd)
+            # Opened anew, as the lock would stay with the mapping; by its number, as the file may have another name.
+            with open(f"/proc/self/fd/{self._fd}", "rb") as file:
+                nbytes, protection = HEADER_NBYTES + self.data_nbytes, mmap.PROT_READ | mmap.PROT_WRITE
+                own = mmap.mmap(file.fileno(), nbytes, mmap.MAP_PRIVATE, protection)
+        except OSError:
+            # Too many files, or too little address space: it can still be read.
+            return None
         return memoryview(own)[HEADER_NBYTES:]
 
     def populate(self) -> None:

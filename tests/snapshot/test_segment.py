@@ -302,3 +302,50 @@ def test_another_fill_is_not_lent(segment: Segment) -> None:
     assert not segment.lent
     sealed(segment)
     assert segment.lend(fills) is None
+
+
+def test_what_cannot_be_mapped_once_more_is_not_lent(segment: Segment, monkeypatch: pytest.MonkeyPatch) -> None:
+    fills = sealed(segment)
+
+    def refuse(*_: Any, **__: Any) -> NoReturn:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(segment_module.mmap, "mmap", refuse)
+    assert segment.lend(fills) is None
+
+
+KILLED_IN_MAKING = """
+import os, signal, sys
+from ray_ckpt.snapshot import Segment
+os.posix_fallocate = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+Segment.create(sys.argv[1], 10_000)
+"""
+
+
+def test_a_process_killed_while_it_makes_a_segment_leaves_nothing(tmp_path: Path) -> None:
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", KILLED_IN_MAKING, str(tmp_path / "s")], env=env, timeout=60)
+    assert done.returncode == -9
+    assert list(tmp_path.iterdir()) == []
+    Segment.create(tmp_path / "s", 10_000).close()
+    with pytest.raises(StorageError, match="File exists"):
+        Segment.create(tmp_path / "s", 20_000)
+    with Segment.open(tmp_path / "s") as found:
+        assert found.data_nbytes == 10_000
+
+
+def test_where_files_need_a_name_one_that_is_not_made_whole_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_file = os.open
+
+    def refuse(path: Any, flags: int, *rest: Any, **options: Any) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+        return open_file(path, flags, *rest, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    Segment.create(tmp_path / "s", 10_000).close()
+    with pytest.raises(StorageError, match="File exists"):
+        Segment.create(tmp_path / "s", 10_000)
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
