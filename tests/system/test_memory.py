@@ -128,6 +128,26 @@ def test_what_was_restored_stays_as_it_is_whatever_is_saved_after(make_job: Call
 
 
 @pytest.mark.slow
+def test_half_of_a_newer_save_does_not_cost_what_was_restored_before_it(make_job: Callable[..., Job]) -> None:
+    settings: dict[str, Any] = {"timeouts": PATIENT, "save_steps": 8, "memory_steps": 6}
+    size = partial(states.large, nbytes=3 << 20)
+    job = make_job(**settings).start(2)
+    assert job.all("restore", size) == [None] * 2
+    job.all("do", until_planned)
+    job.all("train", 1, 7, size)
+    until_in_memory(job, 6)
+    kill_all(job)
+    job = make_job(**settings).start(2)
+    assert job.all("restore", size) == [6] * 2
+    job.all("do", until_planned)
+    job.all("train", 7, 7, size)
+    job.on(0, "train", 8, 8, size)
+    eventually(lambda: SegmentState.SEALED in segment_states(job, 0), "rank 0's snapshot of step 8")
+    kill_all(job)
+    assert make_job(**settings).start(2).all("restore", size) == [6] * 2
+
+
+@pytest.mark.slow
 def test_a_loop_with_no_step_left_still_saves_what_only_memory_held(make_job: Callable[..., Job]) -> None:
     job = start(make_job(timeouts=PATIENT, memory_steps=3), 2)
     job.all("do", until_planned)
