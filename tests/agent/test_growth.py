@@ -41,7 +41,7 @@ def saver() -> Saver:
         rank=0,
         condition=threading.Condition(),
         wait=wait,
-        logic=SimpleNamespace(outcomes={}),
+        logic=SimpleNamespace(is_off=lambda step, trigger: False),
         courier=SimpleNamespace(nudge=lambda: None),
     )
     made = Saver(link, "run", JobConfig(world_size=1))
@@ -53,7 +53,7 @@ def test_strings_that_grow_do_not_have_all_memory_made_anew_at_each_save(saver: 
     plan: Any = SimpleNamespace(fixed_nbytes=FIXED_NBYTES)
     memory: Any = saver.slots
     for step in range(1, 101):
-        assert saver._memory(step, FIXED_NBYTES + 2 * step * MIB, plan) is memory
+        assert saver._memory(step, "cadence", FIXED_NBYTES + 2 * step * MIB, plan) is memory
     assert len(memory.made) <= 12
     assert memory.made[-1] < FIXED_NBYTES + 400 * MIB
 
@@ -61,5 +61,5 @@ def test_strings_that_grow_do_not_have_all_memory_made_anew_at_each_save(saver: 
 def test_much_that_is_fixed_asks_for_no_more_room(saver: Saver) -> None:
     plan: Any = SimpleNamespace(fixed_nbytes=FIXED_NBYTES)
     memory: Any = saver.slots
-    saver._memory(1, FIXED_NBYTES + 100, plan)
+    saver._memory(1, "cadence", FIXED_NBYTES + 100, plan)
     assert memory.made == [FIXED_NBYTES + 100 + MIB]
