@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -122,3 +123,13 @@ class Job:
 def get(ref: Any, timeout_s: float = _CALL_S) -> Any:
     """`ray.get` with a deadline."""
     return ray.get(ref, timeout=timeout_s)
+
+
+def kill_all(job: Job) -> None:
+    """SIGKILL every training process, and wait until they are gone."""
+    for rank in range(len(job.workers)):
+        job.kill(rank)
+    for worker in job.workers:
+        with pytest.raises(ray.exceptions.RayActorError):
+            get(worker.get.remote("done"))
+    job.end()

@@ -12,14 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ray
 
 import ray_ckpt
 from ray_ckpt import PerWorker
 from ray_ckpt.agent.owning import SUFFIX
 from ray_ckpt.snapshot import SegmentState
 from tests.system import states
-from tests.system.job import QUICK, Job, get
+from tests.system.job import QUICK, Job, get, kill_all
 from tests.system.processes import flip_table, segment_folder, segment_states
 from tests.system.waiting import eventually
 from tests.system.worker import Worker, until_planned
@@ -38,16 +37,6 @@ def start(job: Job, world: int) -> Job:
 
 def until_in_memory(job: Job, step: int) -> None:
     eventually(lambda: get(job.coordinator().status.remote()).memory_step == step, f"step {step} whole in memory")
-
-
-def kill_all(job: Job) -> None:
-    """SIGKILL every training process, and wait until they are gone."""
-    for rank in range(len(job.workers)):
-        job.kill(rank)
-    for worker in job.workers:
-        with pytest.raises(ray.exceptions.RayActorError):
-            get(worker.get.remote("done"))
-    job.end()
 
 
 def said(job: Job, text: str) -> list[str]:

@@ -7,6 +7,8 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,10 +19,11 @@ import ray_ckpt
 from ray_ckpt import PerWorker
 from ray_ckpt.agent import find_or_start_agent
 from ray_ckpt.protocol.messages import RunStatus
+from ray_ckpt.snapshot import SegmentState, scan
 from tests.system import states
-from tests.system.job import QUICK, Crew, Job, get
+from tests.system.job import QUICK, Crew, Job, get, kill_all
 from tests.system.processes import flip_table, segment_folder
-from tests.system.test_memory import expect, kill_all
+from tests.system.test_memory import expect
 from tests.system.waiting import eventually
 from tests.system.worker import until_planned
 
@@ -164,3 +167,37 @@ def test_a_snapshot_that_is_damaged_is_read_from_its_peer(make_job: Callable[...
     again = make_job(timeouts=PATIENT, memory_steps=3, replicas=1).start(2, hosts=[0, 1])
     assert again.all("restore") == [6, 6]
     expect(again, 6)
+
+
+def unequal(rank: int, _world: int, step: int) -> dict[str, object]:
+    """Rank 0's part takes six times as long to copy."""
+    return {"w": PerWorker(np.full((6, 1)[rank] << 20, step, np.float32)), "step": step}
+
+
+def own_states(folder: Path, rank: int, step: int) -> list[SegmentState | None]:
+    """Of a rank's own snapshots of a step."""
+    found = [info for info in scan(folder) if info.save is not None and not info.save.replica]
+    return [info.state for info in found if info.save is not None and (info.save.rank, info.save.step) == (rank, step)]
+
+
+@pytest.mark.slow
+def test_a_copied_snapshot_outlives_one_that_is_copied_in_part(make_job: Callable[..., Job]) -> None:
+    settings: dict[str, Any] = {"timeouts": PATIENT, "save_steps": 10_000, "memory_steps": 1, "replicas": 1}
+    job = make_job(**settings).start(2)
+    job.all("restore", unequal)
+    job.all("do", until_planned)
+    job.all("train", 1, 1, unequal)
+    eventually(lambda: status(job).replicated_step == 1, "a second copy of each part of step 1")
+    kill_all(job)
+    job = make_job(**settings, replica_bytes_per_s=1.5e6).start(2)
+    assert job.all("restore", unequal) == [1, 1]
+    job.all("do", until_planned)
+    job.all("train", 2, 2, unequal)
+    folders = [segment_folder(job, rank) for rank in range(2)]
+    eventually(lambda: own_states(folders[1], 1, 2) == [SegmentState.KEPT], "rank 1's part of step 2 copied")
+    agent = job.agent(0)
+    kill_all(job)
+    for path in folders[0].glob("*.segment"):
+        path.unlink()
+    os.kill(get(agent.pid.remote()), signal.SIGKILL)
+    assert make_job(**settings).start(2).all("restore", unequal) == [1, 1]
