@@ -140,7 +140,7 @@ class SimulatedHost:
             self.wire.later(0.1, self._register)
 
     def _register(self) -> None:
-        self.worker.set_layout(self.layout, None)
+        self.worker.set_layout(self.layout)
         self._tell()
 
     def _act(self) -> None:

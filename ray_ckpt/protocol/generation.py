@@ -106,7 +106,7 @@ class Generations:
             if report.finished and self.members.get(report.rank) != report.worker and not report.started:
                 # It has left before it began; its host only repeats its last word.
                 continue
-            if report.worker not in self.refused and not self._roster.dead(report.worker):
+            if report.worker not in self.refused:
                 self._sort_in(report)
         if self.forming is not None:
             self._check_forming(self.forming)
@@ -132,7 +132,7 @@ class Generations:
                 report.worker,
                 f"generation {report.generation} is over: the job was started again (now generation {number})",
             )
-        elif self.members.get(report.rank) != report.worker:
+        elif self.members.get(report.rank) != report.worker and not self._roster.dead(report.worker):
             self._join(report)
 
     def _refuse(self, worker: str, reason: str) -> None:

@@ -29,6 +29,23 @@ def test_a_start_that_fails_lets_the_running_job_go_on(wish: RestoreWish) -> Non
     assert [w.refused for w in job.workers] == [None, None]
 
 
+def test_a_coordinator_that_finds_only_dead_workers_has_what_they_left_written() -> None:
+    world = World()
+    job = Job(world, TWO, "a").start()
+    for host in job.hosts:
+        host.writes = False
+    job.step(1)
+    beat(world, job.hosts)
+    job.die()
+    world.restart_coordinator()
+    for host in job.hosts:
+        host.writes = True
+        host.logic._writing.clear()
+    beat(world, job.hosts)
+    assert world.committed == [1]
+    assert all(host.logic.idle for host in job.hosts)
+
+
 def test_no_save_is_begun_while_the_record_of_the_next_start_is_on_its_way() -> None:
     """Those whom it is for may have died by then."""
     world = World()

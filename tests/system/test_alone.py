@@ -29,10 +29,10 @@ from tests.system.waiting import eventually
 pytestmark = pytest.mark.xdist_group("ray")
 
 
-@pytest.fixture
-def short_leases(monkeypatch: pytest.MonkeyPatch) -> None:
+def lease(monkeypatch: pytest.MonkeyPatch, seconds_s: float) -> None:
+    """So long the actors that are started from now on wait for somebody who needs them."""
     for package in ("agent", "coordinator"):
-        monkeypatch.setattr(sys.modules[f"ray_ckpt.{package}.find"], "LEASE_S", 2.0)
+        monkeypatch.setattr(sys.modules[f"ray_ckpt.{package}.find"], "LEASE_S", seconds_s)
 
 
 def named(url: Path) -> list[str]:
@@ -40,16 +40,19 @@ def named(url: Path) -> list[str]:
     return sorted(a["name"].split(":")[0] for a in list_named_actors(True) if run_id(str(url)) in a["name"])
 
 
-@pytest.mark.usefixtures("short_leases")
 @pytest.mark.parametrize("called", [False, True])
-def test_actors_that_nobody_calls_end(ray_cluster: Cluster, tmp_path: Path, called: bool) -> None:
+def test_actors_that_nobody_calls_end(
+    ray_cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, called: bool
+) -> None:
+    lease(monkeypatch, 6.0 if called else 1.0)
     node = ray.get_runtime_context().get_node_id()
     coordinator = find_or_start(str(tmp_path), {})
+    seen = named(tmp_path)
     agent = find_or_start_agent(str(tmp_path), {}, node_id=node)
-    pids = get([coordinator.pid.remote(), agent.pid.remote()])
-    assert named(tmp_path) == ["agent", "coordinator"]
+    assert {*seen, *named(tmp_path)} == {"agent", "coordinator"}
     if called:
         # Ray restarts them, and then nobody calls any more.
+        pids = get([coordinator.pid.remote(), agent.pid.remote()])
         get([coordinator.status.remote(), agent.prepare.remote(0, 4096, 1)])
         for pid in pids:
             os.kill(pid, signal.SIGKILL)

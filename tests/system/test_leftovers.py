@@ -13,6 +13,7 @@ from ray.util import list_named_actors
 import ray_ckpt
 from ray_ckpt import log
 from ray_ckpt.agent.owning import OWNER, lock
+from ray_ckpt.checkpointer import courier
 from ray_ckpt.coordinator import NAMESPACE, run_id
 from ray_ckpt.snapshot import default_folder
 from ray_ckpt.storage import open_store
@@ -80,10 +81,16 @@ def test_memory_is_given_back_before_close_returns(make_job: Callable[..., Job])
     job.all("train", 1, 3)
     folder = segment_folder(job, 0)
     assert list(folder.glob("*.segment"))
+    job.all("do", have_patience)
     job.all("call", "close")
     # The last word of a worker waits for it: a cluster that ends now would leave the memory behind for good.
     assert list(folder.glob("*.segment")) == []
     assert job.steps() == [2, 3]
+
+
+def have_patience(worker: object) -> None:
+    """Its process waits for the answer to its last word however slow the machine is."""
+    courier._LAST_WORD_S = 60.0
 
 
 def test_retention_spares_what_is_pinned(make_job: Callable[..., Job]) -> None:

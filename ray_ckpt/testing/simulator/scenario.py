@@ -74,6 +74,8 @@ class Scenario:
 
     def config(self, start: int) -> JobConfig:
         """The job's settings at its start number ``start`` (from 0)."""
+        # A host that has taken a lost one's part over has that of two saves to write.
+        patience_s = self.write_s * (6 if self.two_writers else 2)
         return JobConfig(
             world_size=self.world_sizes[min(start, len(self.world_sizes) - 1)],
             save_steps=self.save_steps,
@@ -84,8 +86,8 @@ class Scenario:
             overlap=self.overlap,
             slots=self.slots,
             max_to_keep=self.max_to_keep,
-            save_timeout_s=15.0 + 2 * self.write_s,
-            settle_timeout_s=6.0 + 2 * self.write_s,
+            save_timeout_s=15.0 + patience_s,
+            settle_timeout_s=6.0 + patience_s,
             host_timeout_s=4.0,
             delete_grace_s=GRACE_S + 2 * self.write_s,
             start=f"{start:03d}",
