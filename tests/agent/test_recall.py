@@ -81,6 +81,15 @@ def taken(memories: list[HostMemory], save: tuple[int, int] = SAVE) -> Any:
     return state
 
 
+def remember_and_copy(source: HostMemory, target: HostMemory, step: int) -> None:
+    """The only rank's snapshot of a step, and its copy."""
+    remember([source], 1, step, keep=True)
+    (part,) = source.parts((SAVE[0], step), "")
+    layout = source.layout(source.sealed()[0].fingerprint)
+    assert layout is not None
+    mirror(target, part, layout, MappedSource(part.path, part.fills), None)
+
+
 def is_in(array: Any, memories: list[HostMemory]) -> bool:
     """Whether an array lies in the memory of a segment."""
     address = array.__array_interface__["data"][0]
@@ -198,11 +207,7 @@ def test_copies_are_not_made_into_lent_memory(memories: list[HostMemory]) -> Non
     source, target = memories
     found = {}
     for step in (5, 6, 7, 8):
-        remember([source], 1, step, keep=True)
-        (part,) = source.parts((SAVE[0], step), "")
-        layout = source.layout(source.sealed()[0].fingerprint)
-        assert layout is not None
-        mirror(target, part, layout, MappedSource(part.path, part.fills), None)
+        remember_and_copy(source, target, step)
         found[step] = taken([target], (SAVE[0], step))
     assert sorted(info.step for info in target.sealed()) == [7, 8]
     assert len(segments([target])) == 2
@@ -268,11 +273,7 @@ def test_a_copy_holds_the_same_and_its_checksums(memories: list[HostMemory]) -> 
 def test_two_copies_of_a_rank_at_most(memories: list[HostMemory]) -> None:
     source, target = memories
     for step in (5, 6, 7, 8):
-        remember([source], 1, step, keep=True)
-        (part,) = source.parts((SAVE[0], step), "")
-        layout = source.layout(source.sealed()[0].fingerprint)
-        assert layout is not None
-        mirror(target, part, layout, MappedSource(part.path, part.fills), None)
+        remember_and_copy(source, target, step)
     assert sorted(info.step for info in target.sealed()) == [7, 8]
     assert len(segments([target])) == 2
 

@@ -83,11 +83,8 @@ def status(job: Job) -> RunStatus:
     return found
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("politely", [True, False])
-def test_a_lost_host_s_snapshot_is_restored_from_its_peer(
-    make_job: Callable[..., Job], doomed: Doomed, politely: bool
-) -> None:
+def lose_one_of_three(make_job: Callable[..., Job], doomed: Doomed, *, politely: bool) -> None:
+    """A job of three hosts that has copies of step 6 loses one of them, and is killed."""
     job = make_job(timeouts=PATIENT, memory_steps=3, replicas=1).start(3, hosts=[0, 1, doomed.index])
     job.all("restore", states.mixed)
     job.all("do", until_planned)
@@ -97,6 +94,14 @@ def test_a_lost_host_s_snapshot_is_restored_from_its_peer(
     job.kill(0)
     job.kill(1)
     job.end()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("politely", [True, False])
+def test_a_lost_host_s_snapshot_is_restored_from_its_peer(
+    make_job: Callable[..., Job], doomed: Doomed, politely: bool
+) -> None:
+    lose_one_of_three(make_job, doomed, politely=politely)
     again = make_job(timeouts=PATIENT, memory_steps=3, replicas=1).start(2, hosts=[0, 1])
     assert again.all("restore", states.mixed) == [6, 6]
     assert ray_ckpt.checkpoints(again.url) == []
@@ -109,15 +114,7 @@ def test_a_lost_host_s_snapshot_is_restored_from_its_peer(
 def test_a_spare_host_takes_the_place_of_a_lost_one(
     make_job: Callable[..., Job], doomed: Doomed, ray_cluster: Cluster, crew: Crew
 ) -> None:
-    job = make_job(timeouts=PATIENT, memory_steps=3, replicas=1).start(3, hosts=[0, 1, doomed.index])
-    job.all("restore", states.mixed)
-    job.all("do", until_planned)
-    job.all("train", 1, 6, states.mixed)
-    eventually(lambda: status(job).replicated_step == 6, "a second copy of each part of step 6")
-    doomed.lose(job, politely=False)
-    job.kill(0)
-    job.kill(1)
-    job.end()
+    lose_one_of_three(make_job, doomed, politely=False)
     crew.hosts.pop()
     spare = Doomed(ray_cluster, crew)
     try:
