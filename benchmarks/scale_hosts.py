@@ -170,6 +170,7 @@ class SimulatedHost:
             num_writers=plan.num_writers,
             fingerprint=self.layout.fingerprint,
             name=name,
+            fills=step,
             directory=worker.directory,
         )
         worker.snapshotted(step, "cadence")

@@ -179,11 +179,11 @@ class HostMemory:
     def give_up_kept(self) -> bool:
         """Remove the oldest snapshot that no save needs and nobody has open, for want of memory; whether there was one.
 
-        Only where nobody restores from it any more.
+        Only where nobody restores from it any more. Lent ones last: a state may still lie in their memory.
         """
         with self._making, self._lock:
-            kept = [(s.sealed_at, n) for n, s in self._segments.items() if s.state is SegmentState.KEPT]
-            for _, name in sorted(kept):
+            kept = [(s.lent, s.sealed_at, n) for n, s in self._segments.items() if s.state is SegmentState.KEPT]
+            for *_, name in sorted(kept):
                 self._give_up_unused(name)
                 if name not in self._segments:
                     return True

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ray_ckpt.errors import StorageError
 from ray_ckpt.snapshot import in_use, is_foreign, reclaim
+from ray_ckpt.snapshot.layouts import keep_layout, read_layouts
 
 logger = logging.getLogger(__name__)
 
@@ -48,9 +49,9 @@ def adopt(other: Path, own: Path) -> None:
     if owner < 0:
         return
     try:
-        for path in other.glob("*.layout"):
+        for layout in read_layouts(other).values():
             # First, as a snapshot without its layout explains nothing; and copied, as what stays needs its own.
-            shutil.copyfile(path, own / path.name)
+            keep_layout(own, layout)
         for path in sorted(other.glob(f"*{SUFFIX}")):
             if not drop_foreign(path) and not in_use(path):
                 # By inode: no two folders of one run can hold the same.

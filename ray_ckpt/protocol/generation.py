@@ -427,10 +427,14 @@ class Generations:
             self._bad.add(where)
         newest = wish.kind == "newest"
         chosen = choose(self._ledger.head.live, self._recall, wish, self._bad, tried) if newest else Choice(None)
-        if chosen.step is None and current.snapshot is None:
+        # By the log: another coordinator may have found a checkpoint damaged before the memory that was tried instead.
+        stored = current.snapshot is None or any(
+            (c.generation, c.step) > current.snapshot for c in self._ledger.head.live
+        )
+        if chosen.step is None and stored:
             self._give_up(f"{where} cannot be read (rank {rank}: {what})", wish)
             return
-        # That memory is lost happens; without a checkpoint the job begins again then.
+        # That memory is lost happens; where nothing was ever committed the job begins again then.
         instead = "starting afresh" if chosen.step is None else f"taking step {chosen.step}"
         instead += " from host memory" if chosen.snapshot is not None else ""
         self.note = f"{where} is damaged (rank {rank}: {what}): {instead} instead"

@@ -87,6 +87,7 @@ class HostLogic:
         self._mirroring: str | None = None
         self._mirrored: dict[tuple[str, int], bool] = {}
         self._decided: set[tuple[str, int]] = set()
+        self._copied_by = ""
         self._shards: dict[tuple[str, int], ShardReport] = {}
         self._failures: dict[tuple[str, int], WriteFailure] = {}
         self._sequence = 0
@@ -130,6 +131,10 @@ class HostLogic:
         if self.view is not None and (view.epoch, view.version) < (self.view.epoch, self.view.version):
             return
         self.view = view
+        if view.peer and view.peer != self._copied_by:
+            # What another one has copied may be lost with it.
+            self._mirrored.clear()
+            self._copied_by = view.peer
         # For good: a coordinator that is started later may know of a save that has failed no more.
         self._decided |= {(s.name, s.fills) for s in self._segments.values() if s.save in view.decided}
         for told in view.workers:
@@ -159,6 +164,9 @@ class HostLogic:
         """The segment has been emptied (or is gone)."""
         self._freeing.discard(name)
         self._segments.pop(name, None)
+        # What is made anew under this name counts its fills from one again.
+        self._decided = {key for key in self._decided if key[0] != name}
+        self._mirrored = {key: whole for key, whole in self._mirrored.items() if key[0] != name}
 
     def on_mirrored(self, segment: SegmentInfo, *, whole: bool) -> None:
         """The peer has its copy of this snapshot, or will not have one."""
@@ -305,9 +313,12 @@ class HostLogic:
         return self.view.epoch, self.view.version, view
 
     def _is_loose(self, segment: SegmentInfo, view: HostView) -> bool:
-        """Whether no restart counts on it: a newer one is safe, or this one will not be safer than it is."""
+        """Whether no restart counts on it: a newer one is safe, or this one will not be safer than it is, or the start
+        that it is of went further than what the present one has restored.
+        """
         mirrored = self._mirrored.get((segment.name, segment.fills))
-        return not view.peer or segment.save < view.kept_from or mirrored is False
+        left_behind = segment.generation < view.oldest_generation and (0, 0) < view.kept_from < segment.save
+        return not view.peer or segment.save < view.kept_from or mirrored is False or left_behind
 
     @property
     def news(self) -> bool:

@@ -325,6 +325,16 @@ def test_kept_memory_is_given_up_only_where_nobody_uses_it(memories: list[HostMe
     assert second != first
 
 
+def test_of_kept_memory_what_is_lent_is_given_up_last(memories: list[HostMemory]) -> None:
+    memory = memories[0]
+    for step in (5, 6):
+        remember([memory], 1, step, keep=True)
+        if step == 5:
+            taken([memory])
+    assert memory.give_up_kept()
+    assert [info.step for info in memory.sealed()] == [5]
+
+
 def test_a_save_of_a_deleted_directory_with_the_same_numbers_is_not_told_of(memories: list[HostMemory]) -> None:
     remember(memories[:1], 1)
     assert len(memories[0].parts(SAVE, "")) == 1

@@ -113,7 +113,8 @@ def read_tensor(prefix: Path, num_shards: int, tensor: StoredTensor) -> Array:
             flat[:] = decode_strings(raw, count)
         else:
             flat = np.frombuffer(raw, dtype)
-        out[piece.box.slices] = flat.reshape(piece.box.shape)
+        # With the dots: without an index NumPy would put a scalar's array into the array.
+        out[(*piece.box.slices, ...)] = flat.reshape(piece.box.shape)
     return out
 
 

@@ -82,3 +82,18 @@ def test_between_a_damaged_checkpoint_and_the_one_before_lies_a_snapshot() -> No
     assert again.chosen == (15, True)
     again.read(None, None)
     assert [(c.step, c.superseded) for c in again.world.log[-1].live] == [(5, False), (20, True)]
+
+
+def test_a_damaged_commit_is_not_given_up_for_memory_that_cannot_be_read_either() -> None:
+    """Also if the coordinator that found it damaged is gone: to start afresh would have retention delete it."""
+    for restarted in (False, True):
+        again = Restarted(saved=(20,), remembered=(15,))
+        assert again.chosen == (20, False)
+        again.read("a byte is flipped", None)
+        assert again.chosen == (15, True)
+        if restarted:
+            again.world.restart_coordinator()
+            beat(again.world, again.job.hosts)
+        again.read(None, "gone")
+        assert [w.error and w.error.kind for w in again.job.workers] == ["DamagedError"] * 2
+        assert [c.step for c in again.world.log[-1].live] == [20]
