@@ -29,18 +29,28 @@ def test_a_start_that_fails_lets_the_running_job_go_on(wish: RestoreWish) -> Non
     assert [w.refused for w in job.workers] == [None, None]
 
 
-def test_a_coordinator_that_finds_only_dead_workers_has_what_they_left_written() -> None:
+def with_step_1_unwritten() -> tuple[World, Job]:
+    """A job that has snapshotted step 1, of which no shard is written until `let_write`."""
     world = World()
     job = Job(world, TWO, "a").start()
     for host in job.hosts:
         host.writes = False
     job.step(1)
     beat(world, job.hosts)
-    job.die()
-    world.restart_coordinator()
+    return world, job
+
+
+def let_write(job: Job) -> None:
     for host in job.hosts:
         host.writes = True
         host.logic._writing.clear()
+
+
+def test_a_coordinator_that_finds_only_dead_workers_has_what_they_left_written() -> None:
+    world, job = with_step_1_unwritten()
+    job.die()
+    world.restart_coordinator()
+    let_write(job)
     beat(world, job.hosts)
     assert world.committed == [1]
     assert all(host.logic.idle for host in job.hosts)
@@ -62,20 +72,13 @@ def test_no_save_is_begun_while_the_record_of_the_next_start_is_on_its_way() -> 
 
 
 def test_a_start_that_is_killed_while_saves_settle_lets_the_running_job_go_on() -> None:
-    world = World()
-    job = Job(world, TWO, "a").start()
-    for host in job.hosts:
-        host.writes = False
-    job.step(1)
-    beat(world, job.hosts)
+    world, job = with_step_1_unwritten()
     second = Job(world, TWO, "b")
     beat(world, [*job.hosts, *second.hosts])
     second.die()
     beat(world, [*job.hosts, *second.hosts])
     job.step(2)
-    for host in job.hosts:
-        host.writes = True
-        host.logic._writing.clear()
+    let_write(job)
     beat(world, [*job.hosts, *second.hosts])
     assert world.committed == [1, 2]
 
